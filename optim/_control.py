@@ -1,0 +1,61 @@
+"""Step control: numbers in, numbers out. No tensors, no state.
+
+``rho`` is the reduction ratio, actual over predicted decrease of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+
+# Rounding of a computed loss, in units of eps * abs(loss): below it a decrease means nothing (DESIGN.md, 7).
+NOISE_FACTOR = 10.0
+
+# A step is taken when rho exceeds this (Nielsen 1999; METHODS.md 1.2 and 3.1).
+ACCEPTANCE = 1e-4
+
+MIN_DAMPING, MAX_DAMPING = 1e-12, 1e12
+
+
+def noise_level(value: float, new_value: float, eps: float) -> float:
+    """The size of a decrease that rounding of the two losses can feign."""
+    return NOISE_FACTOR * eps * max(abs(value), abs(new_value))
+
+
+def reduction_ratio(actual: float, predicted: float) -> float:
+    """``actual / predicted``; minus infinity where it has no meaning, so that the step is rejected."""
+    if not (math.isfinite(actual) and math.isfinite(predicted)) or predicted <= 0:
+        return -math.inf
+    return actual / predicted
+
+
+def levenberg_marquardt_damping(damping: float, rho: float) -> float:
+    """Damping for the next step of Hessian-free: 3/2 below rho = 1/4, 2/3 above 3/4.
+
+    Reference: Martens (2010), Deep learning via Hessian-free optimization, section 4.1.
+    """
+    if not rho >= 0.25:
+        return min(damping * 1.5, MAX_DAMPING)
+    return max(damping * 2 / 3, MIN_DAMPING) if rho > 0.75 else damping
+
+
+def nielsen_damping(damping: float, growth: float, rho: float) -> tuple[float, float]:
+    """Damping and its growth factor for the next trial of Gauss-Newton.
+
+    An accepted step multiplies it by ``max(1/3, 1 - (2 rho - 1)^3)``; rejections in a row by 2, 4, 8, ...
+
+    Reference: Nielsen (1999), Damping parameter in Marquardt's method, equation 2.5.
+    """
+    if rho > ACCEPTANCE:
+        factor = max(1 / 3, 1 - (2 * min(rho, 2.0) - 1) ** 3)
+        return min(max(damping * factor, MIN_DAMPING), MAX_DAMPING), 2.0
+    return min(damping * growth, MAX_DAMPING), min(2 * growth, 1e6)
+
+
+def trust_radius(radius: float, rho: float, step_norm: float) -> float:
+    """Radius for the next trial: a quarter below rho = 1/4, 5/2 above 3/4 for a step that reached it.
+
+    Reference: Conn, Gould and Toint (2000), Trust-region methods, section 17.1; constants METHODS.md 1.2.
+    """
+    if not rho >= 0.25:
+        return 0.25 * min(radius, step_norm)
+    return 2.5 * radius if rho > 0.75 and step_norm >= 0.9 * radius else radius

@@ -1,0 +1,1 @@
+"""Evaluate a user's closure: record and value mode; the known losses."""

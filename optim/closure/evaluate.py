@@ -1,0 +1,316 @@
+"""Evaluate a user's closure, unchanged, in two modes.
+
+*record*, once a step: the closure runs for real, its backward passes keep their graph, its losses are
+noted. *value*, for every trial: gradients are off and backward is swallowed, the random state is the one of
+the recording, and ``.grad`` is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from optim.closure.losses import Coverage, LossLog, cover
+from secondorder import Block
+from secondorder.flat import flatten, unflatten
+
+Closure = Callable[[], Any]
+
+_BACKWARD = {func: inspect.signature(func) for func in (Tensor.backward, torch.autograd.backward)}
+
+
+class Evaluation(NamedTuple):
+    """What one recorded run of the closure gave.
+
+    Attributes:
+        loss: What the closure returned as loss, detached.
+        value: The same as a number.
+        objective: Scalar with a graph whose gradient the closure asked for.
+        gradient: Gradient as the closure left it in ``.grad``, flat, shape (n,).
+        coverage: Blocks of the Gauss-Newton matrix, or why there are none.
+    """
+
+    loss: Tensor
+    value: float
+    objective: Tensor
+    gradient: Tensor
+    coverage: Coverage
+
+
+class ClosureEvaluator:
+    """Runs one closure for one step.
+
+    Args:
+        closure: Returns the loss, or ``(loss, outputs)``; may call ``backward`` itself.
+        parameters: The parameters that the optimizer moves.
+    """
+
+    def __init__(self, closure: Closure, parameters: Sequence[Tensor]) -> None:
+        self._closure = closure
+        self._parameters = tuple(parameters)
+        self._random = _RandomState(self._parameters)
+        self._differentiates = False
+
+    def record(self) -> Evaluation:
+        """Run for real; ``.grad`` is then the gradient at this point.
+
+        Raises:
+            TypeError: the closure returns neither a loss nor ``(loss, outputs)``.
+            RuntimeError: the loss is not a finite scalar with a path to the parameters. ``.grad`` is then as
+                it was before.
+        """
+        self._random.save()
+        with _restore_grads_on_error(self._parameters), torch.enable_grad():
+            log = LossLog()
+            mode = _Record(log)
+            with sdpa_kernel(SDPBackend.MATH), mode:
+                returned = self._closure()
+            self._differentiates = mode.differentiates
+            loss, outputs = _split(returned)
+            value = _finite(loss)
+            roots, root_gradients = mode.roots, mode.root_gradients
+            if not roots:
+                roots, root_gradients = _root_of(loss)
+                self._fill_grads(roots[0])
+            gradient = self._gradient()
+            if not bool(gradient.isfinite().all()):
+                raise RuntimeError(
+                    "the gradient at the current parameters must be finite, got NaN or infinity;"
+                    " look for the operation with torch.autograd.set_detect_anomaly(True)."
+                )
+            terms = [(root * weight).sum() for root, weight in zip(roots, root_gradients, strict=True)]
+            objective = sum(terms[1:], start=terms[0])
+            if outputs:
+                coverage = _explicit(objective, outputs)
+            else:
+                coverage = cover(log.losses, roots, root_gradients, self._parameters)
+        returned_loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
+        return Evaluation(returned_loss, value, objective, gradient, coverage)
+
+    def value(self) -> float:
+        """The loss at the present parameters; NaN and infinity are values here, not errors."""
+        with _grads_put_aside(self._parameters):
+            return float(self._replay(_Value(), gradients=self._differentiates))
+
+    def gradient(self) -> Tensor:
+        """The gradient at the present parameters, flat; ``.grad`` is left alone."""
+        mode = _Record(LossLog())
+        with _grads_put_aside(self._parameters):
+            loss = self._replay(mode, gradients=True)
+            if not mode.roots:
+                self._fill_grads(_root_of(loss)[0][0])
+            return self._gradient()
+
+    def _replay(self, mode: TorchFunctionMode, gradients: bool) -> Any:
+        """The loss of another run with the random numbers of the recorded one."""
+        with (
+            self._random.replayed(),
+            torch.set_grad_enabled(gradients),
+            sdpa_kernel(SDPBackend.MATH),
+            mode,
+        ):
+            return _split(self._closure())[0]
+
+    def _fill_grads(self, root: Tensor) -> None:
+        grads = torch.autograd.grad(root, self._parameters, retain_graph=True, allow_unused=True)
+        for parameter, grad in zip(self._parameters, grads, strict=True):
+            parameter.grad = grad
+
+    def _gradient(self) -> Tensor:
+        grads = [parameter.grad for parameter in self._parameters]
+        if all(grad is None for grad in grads):
+            raise RuntimeError(
+                "the loss must depend on at least one parameter of the optimizer, but no parameter received a"
+                " gradient; pass the parameters of the model that the closure evaluates."
+            )
+        return flatten(
+            [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, grads, strict=True)]
+        )
+
+
+@contextlib.contextmanager
+def trial(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
+    """Hold the parameters at ``x + step``; afterwards they are ``x`` again, bit for bit.
+
+    The data is swapped, not written: version counters, and so the kept graphs, stay as they are.
+    """
+    originals = [parameter.data for parameter in parameters]
+    try:
+        for parameter, part in zip(parameters, unflatten(step, parameters), strict=True):
+            parameter.data = parameter.data + part.to(parameter.dtype)
+        yield
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
+
+
+class _Record(TorchFunctionMode):
+    """Keeps the graphs of backward passes, and notes their roots and the known losses."""
+
+    def __init__(self, log: LossLog) -> None:
+        super().__init__()
+        self.roots: list[Tensor] = []
+        self.root_gradients: list[Tensor] = []
+        self.differentiates = False
+        self._log = log
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            return self._backward(func, *args, **kwargs)
+        if func is torch.autograd.grad:
+            self.differentiates = True
+        result = func(*args, **kwargs)
+        self._log.see(func, args, kwargs, result)
+        return result
+
+    def _backward(self, func: Any, *args: Any, **kwargs: Any) -> None:
+        call = _BACKWARD[func].bind(*args, **kwargs)
+        call.arguments["retain_graph"] = True
+        func(*call.args, **call.kwargs)
+        given = call.arguments.get("gradient", call.arguments.get("grad_tensors"))
+        tensors = args[0]
+        roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        weights = given if isinstance(given, tuple | list) else (given,) * len(roots)
+        self.roots += roots
+        self.root_gradients += [
+            torch.ones_like(root) if weight is None else weight.detach()
+            for root, weight in zip(roots, weights, strict=True)
+        ]
+
+
+class _Value(TorchFunctionMode):
+    """Swallows backward, and keeps gradients off where the closure turns them on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _BACKWARD:
+            return None
+        if func is torch._C._set_grad_enabled and not torch.is_grad_enabled():
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+class _RandomState:
+    """The random state of the devices that the parameters live on, to be replayed."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        types = {parameter.device for parameter in parameters if parameter.device.type not in ("cpu", "meta")}
+        self._devices = sorted(types, key=str)
+        self._saved: list[Tensor] = []
+
+    def save(self) -> None:
+        self._saved = self._read()
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Start from the saved state; afterwards the present one is back."""
+        present = self._read()
+        try:
+            self._write(self._saved)
+            yield
+        finally:
+            self._write(present)
+
+    def _read(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        for device in self._devices:
+            states.append(torch.get_device_module(device).get_rng_state(device))
+        return states
+
+    def _write(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextlib.contextmanager
+def _grads_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens to ``.grad`` inside does not reach the user's."""
+    grads = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+
+
+@contextlib.contextmanager
+def _restore_grads_on_error(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """After an exception ``.grad`` is what it was, values included."""
+    grads = [parameter.grad for parameter in parameters]
+    copies = [None if grad is None else grad.detach().clone() for grad in grads]
+    try:
+        yield
+    except BaseException:
+        for parameter, grad, copy in zip(parameters, grads, copies, strict=True):
+            parameter.grad = grad
+            if grad is not None and copy is not None:
+                grad.detach().copy_(copy)
+        raise
+
+
+def _split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """The loss and the explicit outputs of what the closure returned."""
+    loss: Any = returned
+    outputs: tuple[Any, ...] = ()
+    if isinstance(returned, tuple):
+        if len(returned) != 2:
+            raise TypeError(
+                f"closure must return the loss or (loss, outputs), got a tuple of {len(returned)}."
+            )
+        loss = returned[0]
+        outputs = returned[1] if isinstance(returned[1], tuple) else (returned[1],)
+    if not isinstance(loss, Tensor | float | int):
+        raise TypeError(
+            f"closure must return the loss or (loss, outputs), got {type(loss).__name__};"
+            " end it with 'return loss'."
+        )
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise RuntimeError(
+            f"the loss that closure returns must be a scalar, got shape {tuple(loss.shape)};"
+            " reduce it with mean() or sum()."
+        )
+    for output in outputs:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"outputs must be a tensor or a tuple of tensors, got {type(output).__name__}.")
+    return loss, outputs
+
+
+def _finite(loss: Tensor | float) -> float:
+    value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+    if not math.isfinite(value):
+        raise RuntimeError(
+            f"the loss at the current parameters must be finite, got {value}; the step was not taken and"
+            " parameters and gradients are unchanged. Check the data and the initialisation."
+        )
+    return value
+
+
+def _root_of(loss: Any) -> tuple[list[Tensor], list[Tensor]]:
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise RuntimeError(
+            "closure must call backward or return a loss that carries a graph, got a detached one;"
+            " remove detach(), item() or no_grad() from it."
+        )
+    return [loss], [torch.ones_like(loss)]
+
+
+def _explicit(objective: Tensor, outputs: Sequence[Tensor]) -> Coverage:
+    """The single block, or blocks, that the user named: no discovery, no proof."""
+    for output in outputs:
+        if not output.requires_grad:
+            raise RuntimeError(
+                "outputs must carry a graph from the parameters, got a detached tensor;"
+                " return the tensor that the loss was computed from."
+            )
+    return Coverage((Block(objective, tuple(outputs), torch.ones_like(objective)),), "explicit outputs")

@@ -1,0 +1,247 @@
+"""Minimise a function of a tensor by Newton's method in a trust region."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim import _control
+from optim._options import check_choice, check_count, check_positive
+from secondorder import Hessian, LinearOperator, MatrixOperator, SolveResult, steihaug, trust_region
+
+METHODS = ("auto", "newton", "newton-cg")
+
+# Up to here an eigendecomposition pays for itself (METHODS.md, section 1.2).
+DIRECT_LIMIT = 1000
+
+MESSAGES = {
+    "converged": "the gradient is within gtol",
+    "noise_floor": "no decrease is left that rounding would not hide; the gradient is above gtol",
+    "radius": "the trust radius fell below the spacing of numbers at x; is fun smooth there?",
+    "max_iter": "the iteration limit came first; raise max_iter",
+    "stopped": "the callback asked to stop",
+}
+
+
+class MinimizeResult(NamedTuple):
+    """Where ``minimize`` stopped, and why.
+
+    Attributes:
+        x: Best point found, of the shape of ``x0``.
+        fun: Value there.
+        grad: Gradient there, of the shape of ``x0``.
+        status: "converged", "noise_floor", "radius", "max_iter" or "stopped".
+        nit: Steps taken or rejected.
+        nfev: Evaluations of ``fun``.
+        njev: Gradients.
+        nhev: Dense Hessians ("newton") or products with the Hessian ("newton-cg").
+    """
+
+    x: Tensor
+    fun: float
+    grad: Tensor
+    status: str
+    nit: int
+    nfev: int
+    njev: int
+    nhev: int
+
+    @property
+    def success(self) -> bool:
+        """Whether the gradient met the tolerance."""
+        return self.status == "converged"
+
+    @property
+    def message(self) -> str:
+        """One sentence on ``status``."""
+        return MESSAGES[self.status]
+
+    def __repr__(self) -> str:
+        return (
+            f"MinimizeResult(status={self.status!r}, fun={self.fun:.10g}, "
+            f"grad_norm={float(self.grad.abs().max()) if self.grad.numel() else 0.0:.3g}, "
+            f"nit={self.nit}, nfev={self.nfev}, njev={self.njev}, nhev={self.nhev})\nx = {self.x}"
+        )
+
+
+def minimize(
+    fun: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    *,
+    method: str = "auto",
+    gtol: float | None = None,
+    max_iter: int = 500,
+    radius: float | None = None,
+    callback: Callable[[MinimizeResult], bool | None] | None = None,
+) -> MinimizeResult:
+    """Find a local minimiser of ``fun`` near ``x0``.
+
+    "newton" solves the trust-region subproblem exactly from the eigenvalues of the Hessian: it leaves
+    saddle points, and does not call a point with a negative eigenvalue converged. "newton-cg" needs only
+    products. Where decreases fall below the rounding of ``fun``, steps are judged by the gradient.
+
+    Args:
+        fun: Takes a tensor of the shape of ``x0``, returns one with a single element; twice differentiable.
+        x0: Start, any shape, floating point. Not changed.
+        method: "newton", "newton-cg", or "auto": "newton" up to 1000 unknowns.
+        gtol: Stop when no entry of the gradient exceeds this; the square root of the precision of
+            ``x0`` when None (1.5e-8 in float64, 3.5e-4 in float32).
+        max_iter: Steps allowed.
+        radius: First trust radius; ``max(1, norm(x0))`` when None.
+        callback: Called with the present ``MinimizeResult`` after each accepted step; stops by
+            returning True.
+
+    Returns:
+        A ``MinimizeResult``; ``success`` says whether the gradient met ``gtol``.
+
+    Raises:
+        TypeError: ``x0`` is not a floating-point tensor; ``fun`` returns no tensor.
+        ValueError: an option is out of range; ``fun(x0)`` is not one finite number or does not depend on x.
+
+    Cost: a step takes one evaluation and, when accepted, one gradient and one Hessian (``n`` products and
+    about ``9 n^3`` operations) or, for "newton-cg", up to ``n`` products.
+
+    Reference: Conn, Gould and Toint (2000), Trust-region methods; Steihaug (1983).
+
+    Example:
+        >>> rosenbrock = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+        >>> result = minimize(rosenbrock, torch.tensor([-1.2, 1.0], dtype=torch.float64))
+        >>> result.status, result.x.round(decimals=8)
+        ('converged', tensor([1., 1.], dtype=torch.float64))
+    """
+    if not isinstance(x0, Tensor) or not x0.is_floating_point():
+        kind = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
+        raise TypeError(f"x0 must be a floating-point tensor, got {kind}.")
+    check_choice(METHODS, method=method)
+    check_count(max_iter=max_iter)
+    check_positive(**{k: v for k, v in (("gtol", gtol), ("radius", radius)) if v is not None})
+    direct = method == "newton" or (method == "auto" and x0.numel() <= DIRECT_LIMIT)
+    run = _Run(fun, x0.detach().clone(), direct)
+    tolerance = math.sqrt(torch.finfo(x0.dtype).eps) if gtol is None else gtol
+    first_radius = max(1.0, float(x0.norm())) if radius is None else radius
+    status = run.iterate(tolerance, first_radius, max_iter, callback)
+    return run.result(status)
+
+
+class _Point(NamedTuple):
+    """A point with its value in the graph."""
+
+    x: Tensor
+    loss: Tensor
+    value: float
+
+
+class _Run:
+    """The state of one minimisation: the present point, its model, and what was spent."""
+
+    def __init__(self, fun: Callable[[Tensor], Tensor], x0: Tensor, direct: bool) -> None:
+        self._fun, self._direct = fun, direct
+        self._eps = torch.finfo(x0.dtype).eps
+        self._nit = self._nfev = self._njev = self._nhev = 0
+        point = self._evaluate(x0)
+        if not math.isfinite(point.value):
+            raise ValueError(f"fun(x0) must be finite, got {point.value}; choose another x0.")
+        if not point.loss.requires_grad:
+            raise ValueError("fun(x0) must depend on x, got a value without a graph.")
+        self._move_to(point)
+
+    def _evaluate(self, x: Tensor) -> _Point:
+        self._nfev += 1
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            loss = self._fun(x)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"fun must return a tensor, got {type(loss).__name__}.")
+        if loss.numel() != 1:
+            raise ValueError(f"fun must return a single element, got shape {tuple(loss.shape)}.")
+        return _Point(x, loss, float(loss.detach()))
+
+    def _move_to(self, point: _Point) -> None:
+        """Take the point and build its quadratic model."""
+        self._point = point
+        hessian = Hessian(point.loss, [point.x])
+        self._gradient, self._curvature = hessian.gradient, self._form(hessian)
+        self._njev += 1
+
+    def _form(self, hessian: Hessian) -> LinearOperator:
+        if not self._direct:
+            return hessian
+        self._nhev += 1
+        return MatrixOperator(hessian.dense())
+
+    def _solve(self, radius: float) -> SolveResult:
+        if isinstance(self._curvature, MatrixOperator):
+            return trust_region(self._curvature.spectrum, -self._gradient, radius)
+        # Superlinear convergence (Nocedal and Wright, section 7.1).
+        rtol = min(0.5, math.sqrt(float(self._gradient.norm())))
+        result = steihaug(self._curvature, -self._gradient, radius, rtol=rtol)
+        self._nhev += result.products
+        return result
+
+    def iterate(
+        self,
+        gtol: float,
+        radius: float,
+        max_iter: int,
+        callback: Callable[[MinimizeResult], bool | None] | None,
+    ) -> str:
+        """Step until something stops it; the status says what."""
+        while True:
+            if self._is_minimum(gtol):
+                return "converged"
+            if self._nit >= max_iter:
+                return "max_iter"
+            self._nit += 1
+            result = self._solve(radius)
+            step_norm = float(result.x.norm())
+            predicted = -float(self._gradient.dot(result.x)) - 0.5 * result.quadratic
+            if not predicted > 0:
+                return "noise_floor"
+            trial = self._evaluate(self._point.x.detach() + result.x.view_as(self._point.x))
+            rho, in_noise = self._ratio(trial, result.x, predicted)
+            radius = _control.trust_radius(radius, rho, step_norm)
+            if rho > _control.ACCEPTANCE:
+                self._move_to(trial)
+                if callback is not None and callback(self.result("stopped")):
+                    return "stopped"
+            elif in_noise:
+                return "noise_floor"
+            elif radius <= self._eps * max(1.0, float(self._point.x.detach().norm())):
+                return "radius"
+
+    def _is_minimum(self, gtol: float) -> bool:
+        """Gradient within tolerance and, where eigenvalues are known, none of them negative."""
+        if float(self._gradient.abs().max() if self._gradient.numel() else 0.0) > gtol:
+            return False
+        if not isinstance(self._curvature, MatrixOperator) or not self._gradient.numel():
+            return True
+        values = self._curvature.spectrum.values
+        return float(values[0]) >= -math.sqrt(self._eps) * float(values.abs().max())
+
+    def _ratio(self, trial: _Point, step: Tensor, predicted: float) -> tuple[float, bool]:
+        """The reduction ratio, and whether it had to be taken from the gradients."""
+        actual = self._point.value - trial.value
+        noise = _control.noise_level(self._point.value, trial.value, self._eps)
+        in_noise = abs(actual) <= noise and predicted <= noise
+        if in_noise and trial.loss.requires_grad:
+            self._njev += 1
+            gradient = torch.autograd.grad(trial.loss, trial.x, retain_graph=True)[0].reshape(-1)
+            actual = -0.5 * float((self._gradient + gradient).dot(step))
+        return _control.reduction_ratio(actual, predicted), in_noise
+
+    def result(self, status: str) -> MinimizeResult:
+        """The present point as a result."""
+        return MinimizeResult(
+            x=self._point.x.detach(),
+            fun=self._point.value,
+            grad=self._gradient.view(self._point.x.shape),
+            status=status,
+            nit=self._nit,
+            nfev=self._nfev,
+            njev=self._njev,
+            nhev=self._nhev,
+        )

@@ -1,0 +1,22 @@
+"""Solvers: one algorithm a file. Each knows only ``A @ v`` and returns a ``SolveResult``."""
+
+from secondorder.solvers._result import STATUS_TEXT, SolveResult
+from secondorder.solvers.cg import CGState, cg
+from secondorder.solvers.direct import Spectrum, direct, spectrum
+from secondorder.solvers.steihaug import steihaug
+from secondorder.solvers.trust_region import trust_region
+
+__all__ = [
+    # results
+    "STATUS_TEXT",
+    "CGState",
+    "SolveResult",
+    "Spectrum",
+    # iterative
+    "cg",
+    "steihaug",
+    # direct
+    "direct",
+    "spectrum",
+    "trust_region",
+]
