@@ -315,8 +315,7 @@ class _Judge:
     def _ratio(self, step: Tensor, value: float, predicted: float) -> float:
         """The reduction ratio from the losses or, where their difference is rounding, from the gradients."""
         actual = self._model.value - value
-        noise = _control.noise_level(self._model.value, value, torch.finfo(step.dtype).eps)
-        if not (abs(actual) <= noise and 0 < predicted <= noise):
+        if not _control.is_noise(actual, predicted, self._model.value, torch.finfo(step.dtype).eps):
             return _control.reduction_ratio(actual, predicted)
         self._counter.cost += 1.0
         with trial(self._parameters, step):

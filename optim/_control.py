@@ -9,6 +9,7 @@ import math
 
 # Rounding of a computed loss, in units of eps * abs(loss): below it a decrease means nothing (DESIGN.md, 7).
 NOISE_FACTOR = 10.0
+CANCELLATION = 100.0
 
 # A step is taken when rho exceeds this (Nielsen 1999; METHODS.md 1.2 and 3.1).
 ACCEPTANCE = 1e-4
@@ -16,9 +17,15 @@ ACCEPTANCE = 1e-4
 MIN_DAMPING, MAX_DAMPING = 1e-12, 1e12
 
 
-def noise_level(value: float, new_value: float, eps: float) -> float:
-    """The size of a decrease that rounding of the two losses can feign."""
-    return NOISE_FACTOR * eps * max(abs(value), abs(new_value))
+def is_noise(actual: float, predicted: float, value: float, eps: float) -> bool:
+    """Whether a decrease is too small to be seen in the loss, so that only gradients can judge it.
+
+    The decrease is predicted to lie below the rounding of ``value``, and what was seen does not say
+    otherwise. What was seen may be larger by ``CANCELLATION``, as it is for a loss that sums large
+    terms of opposite sign.
+    """
+    noise = NOISE_FACTOR * eps * abs(value)
+    return 0 < predicted <= noise and abs(actual) <= CANCELLATION * noise
 
 
 def reduction_ratio(actual: float, predicted: float) -> float:

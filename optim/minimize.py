@@ -16,13 +16,14 @@ from secondorder import Hessian, LinearOperator, MatrixOperator, SolveResult, st
 METHODS = ("auto", "newton", "newton-cg")
 
 # Up to here an eigendecomposition pays for itself (METHODS.md, section 1.2).
-DIRECT_LIMIT = 1000
+DIRECT_LIMIT = 500
 
 MESSAGES = {
     "converged": "the gradient is within gtol",
     "noise_floor": "no decrease is left that rounding would not hide; the gradient is above gtol",
     "radius": "the trust radius fell below the spacing of numbers at x; is fun smooth there?",
     "max_iter": "the iteration limit came first; raise max_iter",
+    "non_finite": "the Hessian at x is not finite or spans more than the range of numbers",
     "stopped": "the callback asked to stop",
 }
 
@@ -34,7 +35,7 @@ class MinimizeResult(NamedTuple):
         x: Best point found, of the shape of ``x0``.
         fun: Value there.
         grad: Gradient there, of the shape of ``x0``.
-        status: "converged", "noise_floor", "radius", "max_iter" or "stopped".
+        status: "converged", "noise_floor", "radius", "max_iter", "non_finite" or "stopped".
         nit: Steps taken or rejected.
         nfev: Evaluations of ``fun``.
         njev: Gradients.
@@ -87,7 +88,7 @@ def minimize(
     Args:
         fun: Takes a tensor of the shape of ``x0``, returns one with a single element; twice differentiable.
         x0: Start, any shape, floating point. Not changed.
-        method: "newton", "newton-cg", or "auto": "newton" up to 1000 unknowns.
+        method: "newton", "newton-cg", or "auto": "newton" up to 500 unknowns.
         gtol: Stop when no entry of the gradient exceeds this; the square root of the precision of
             ``x0`` when None (1.5e-8 in float64, 3.5e-4 in float32).
         max_iter: Steps allowed.
@@ -200,7 +201,7 @@ class _Run:
             step_norm = float(result.x.norm())
             predicted = -float(self._gradient.dot(result.x)) - 0.5 * result.quadratic
             if not predicted > 0:
-                return "noise_floor"
+                return "noise_floor" if math.isfinite(predicted) else "non_finite"
             trial = self._evaluate(self._point.x.detach() + result.x.view_as(self._point.x))
             rho, in_noise = self._ratio(trial, result.x, predicted)
             radius = _control.trust_radius(radius, rho, step_norm)
@@ -225,8 +226,7 @@ class _Run:
     def _ratio(self, trial: _Point, step: Tensor, predicted: float) -> tuple[float, bool]:
         """The reduction ratio, and whether it had to be taken from the gradients."""
         actual = self._point.value - trial.value
-        noise = _control.noise_level(self._point.value, trial.value, self._eps)
-        in_noise = abs(actual) <= noise and predicted <= noise
+        in_noise = _control.is_noise(actual, predicted, self._point.value, self._eps)
         if in_noise and trial.loss.requires_grad:
             self._njev += 1
             gradient = torch.autograd.grad(trial.loss, trial.x, retain_graph=True)[0].reshape(-1)

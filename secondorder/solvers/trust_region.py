@@ -92,13 +92,14 @@ def _minimise(
     floor = max(0.0, -lowest)
     lowest_space = values - lowest <= 10 * rounding
     rest = torch.where(lowest_space, 0.0, target / torch.where(lowest_space, 1.0, values + floor))
-    missed = torch.finfo(dtype).eps * values.numel() * max(1.0, float(target.norm()))
+    # Below this, the part of the target in the lowest space does not move the shift off its floor.
+    missed = torch.finfo(dtype).eps * values.numel() * float(target.norm()) + rounding * radius
     if lowest <= rounding and float(target[lowest_space].norm()) <= missed:
         gap = radius**2 - float(rest.norm()) ** 2
         if lowest >= -rounding and gap >= 0:
             return rest, floor, "converged", 0
         if gap >= 0:
-            rest[0] += math.sqrt(gap)
+            rest[0] += math.copysign(math.sqrt(gap), float(target[0]))
             return rest, floor, "hard_case", 0
     shift, iterations = _find_shift(values, target, radius, floor)
     return target / (values + shift), shift, "boundary", iterations
