@@ -17,6 +17,74 @@ from secondorder._arguments import Tensors
 Blocks = tuple[tuple[Tensor, ...], ...]
 
 
+def blocks(
+    func: Callable[..., Any], inputs: Any, create_graph: bool, strict: bool, vectorize: bool, strategy: str
+) -> tuple[bool, bool, Blocks]:
+    """Check the options in torch's order and run the strategy; blocks are detached as promised."""
+    if strategy not in ("forward-mode", "reverse-mode"):
+        raise AssertionError(
+            'Expected strategy to be either "forward-mode" or "reverse-mode". Hint: If your '
+            'function has more outputs than inputs, "forward-mode" tends to be more performant. '
+            'Otherwise, prefer to use "reverse-mode".'
+        )
+    if strategy == "forward-mode":
+        _check_forward_options(create_graph, strict)
+        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
+        if not vectorize:
+            raise NotImplementedError(
+                "Computing Jacobian using forward-AD or forward-over-reverse Hessian is"
+                "only implemented for `vectorize=True`."
+            )
+        # Forward mode refuses tensors whose elements share memory, as expanded ones do.
+        inputs = tuple(tensor.detach().contiguous() for tensor in inputs)
+        is_outputs_tuple, found = forward_mode(func, inputs)
+        return is_inputs_tuple, is_outputs_tuple, _detached(found)
+
+    with torch.enable_grad():
+        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
+        inputs = _arguments.fresh_inputs(inputs, create_graph)
+        is_outputs_tuple, outputs = _arguments.call(func, inputs, "jacobian", strict)
+        if vectorize and strict:
+            raise RuntimeError(
+                "torch.autograd.functional.jacobian: `strict=True` "
+                "and `vectorized=True` are not supported together. "
+                "Please either set `strict=False` or "
+                "`vectorize=False`."
+            )
+        if vectorize:
+            found = batched_rows(outputs, inputs, create_graph)
+        else:
+            found = row_by_row(outputs, inputs, create_graph, strict)
+    return is_inputs_tuple, is_outputs_tuple, found if create_graph else _detached(found)
+
+
+def _check_forward_options(create_graph: bool, strict: bool) -> None:
+    if create_graph:
+        raise NotImplementedError(
+            "torch.autograd.functional.jacobian: `create_graph=True` "
+            'and `strategy="forward-mode"` are not supported together (yet). '
+            "Please either set `create_graph=False` or "
+            '`strategy="reverse-mode"`.'
+        )
+    if strict:
+        raise RuntimeError(
+            "torch.autograd.functional.jacobian: `strict=True` "
+            'and `strategy="forward-mode"` are not supported together (yet). '
+            "Please either set `strict=False` or "
+            '`strategy="reverse-mode"`.'
+        )
+
+
+def _detached(blocks: Blocks) -> Blocks:
+    return tuple(tuple(block.detach() for block in row) for row in blocks)
+
+
+def unpack(blocks: Blocks, is_outputs_tuple: bool, is_inputs_tuple: bool) -> Any:
+    """Blocks in the structure that the user's tuples ask for."""
+    rows = [row if is_inputs_tuple else row[0] for row in blocks]
+    return tuple(rows) if is_outputs_tuple else rows[0]
+
+
 def row_by_row(outputs: Tensors, inputs: Tensors, create_graph: bool, strict: bool) -> Blocks:
     """One backward pass for each element of the outputs; the only strategy that can be strict."""
     return tuple(
@@ -115,11 +183,12 @@ def forward_mode(func: Callable[..., Any], inputs: Tensors) -> tuple[bool, Block
         return product
 
     numels = [tensor.nelement() for tensor in inputs]
-    columns: Tensors = torch.vmap(column, out_dims=-1)(*_standard_basis(inputs))
+    # Not out_dims=-1: torch 2.13 mistakes the shape of a result that does not depend on the batch.
+    columns: Tensors = torch.vmap(column)(*_standard_basis(inputs))
     blocks = tuple(
         tuple(
-            part.reshape(part.shape[:-1] + tensor.shape)
-            for part, tensor in zip(column.split(numels, dim=-1), inputs, strict=True)
+            part.movedim(0, -1).reshape(part.shape[1:] + tensor.shape)
+            for part, tensor in zip(column.split(numels), inputs, strict=True)
         )
         for column in columns
     )

@@ -271,10 +271,10 @@ def jacobian(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    is_inputs_tuple, is_outputs_tuple, blocks = _jacobian_blocks(
+    is_inputs_tuple, is_outputs_tuple, blocks = _jacobian.blocks(
         func, inputs, create_graph, strict, vectorize, strategy
     )
-    return _unpack(blocks, is_outputs_tuple, is_inputs_tuple)
+    return _jacobian.unpack(blocks, is_outputs_tuple, is_inputs_tuple)
 
 
 def hessian(
@@ -333,7 +333,7 @@ def hessian(
         return grads
 
     forward = outer_jacobian_strategy == "forward-mode"
-    _, _, blocks = _jacobian_blocks(
+    _, _, blocks = _jacobian.blocks(
         gradient_under_forward_mode if forward else gradient,
         inputs,
         create_graph,
@@ -341,70 +341,4 @@ def hessian(
         vectorize,
         outer_jacobian_strategy,
     )
-    return _unpack(blocks, is_inputs_tuple, is_inputs_tuple)
-
-
-def _jacobian_blocks(
-    func: Function, inputs: Any, create_graph: bool, strict: bool, vectorize: bool, strategy: str
-) -> tuple[bool, bool, _jacobian.Blocks]:
-    """Check the options in torch's order and run the strategy; blocks are detached as promised."""
-    if strategy not in ("forward-mode", "reverse-mode"):
-        raise AssertionError(
-            'Expected strategy to be either "forward-mode" or "reverse-mode". Hint: If your '
-            'function has more outputs than inputs, "forward-mode" tends to be more performant. '
-            'Otherwise, prefer to use "reverse-mode".'
-        )
-    if strategy == "forward-mode":
-        _check_forward_options(create_graph, strict)
-        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
-        if not vectorize:
-            raise NotImplementedError(
-                "Computing Jacobian using forward-AD or forward-over-reverse Hessian is"
-                "only implemented for `vectorize=True`."
-            )
-        inputs = tuple(tensor.detach() for tensor in inputs)
-        is_outputs_tuple, blocks = _jacobian.forward_mode(func, inputs)
-        return is_inputs_tuple, is_outputs_tuple, _detached(blocks)
-
-    with torch.enable_grad():
-        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
-        inputs = _arguments.fresh_inputs(inputs, create_graph)
-        is_outputs_tuple, outputs = _arguments.call(func, inputs, "jacobian", strict)
-        if vectorize and strict:
-            raise RuntimeError(
-                "torch.autograd.functional.jacobian: `strict=True` "
-                "and `vectorized=True` are not supported together. "
-                "Please either set `strict=False` or "
-                "`vectorize=False`."
-            )
-        if vectorize:
-            blocks = _jacobian.batched_rows(outputs, inputs, create_graph)
-        else:
-            blocks = _jacobian.row_by_row(outputs, inputs, create_graph, strict)
-    return is_inputs_tuple, is_outputs_tuple, blocks if create_graph else _detached(blocks)
-
-
-def _check_forward_options(create_graph: bool, strict: bool) -> None:
-    if create_graph:
-        raise NotImplementedError(
-            "torch.autograd.functional.jacobian: `create_graph=True` "
-            'and `strategy="forward-mode"` are not supported together (yet). '
-            "Please either set `create_graph=False` or "
-            '`strategy="reverse-mode"`.'
-        )
-    if strict:
-        raise RuntimeError(
-            "torch.autograd.functional.jacobian: `strict=True` "
-            'and `strategy="forward-mode"` are not supported together (yet). '
-            "Please either set `strict=False` or "
-            '`strategy="reverse-mode"`.'
-        )
-
-
-def _detached(blocks: _jacobian.Blocks) -> _jacobian.Blocks:
-    return tuple(tuple(block.detach() for block in row) for row in blocks)
-
-
-def _unpack(blocks: _jacobian.Blocks, is_outputs_tuple: bool, is_inputs_tuple: bool) -> Any:
-    rows = [row if is_inputs_tuple else row[0] for row in blocks]
-    return tuple(rows) if is_outputs_tuple else rows[0]
+    return _jacobian.unpack(blocks, is_inputs_tuple, is_inputs_tuple)

@@ -13,7 +13,7 @@ STATUS_TEXT = {
     "boundary": "the step reached the trust radius",
     "hard_case": "b misses the lowest eigenspace; x is completed along it up to the trust radius",
     "stopped": "the callback asked to stop",
-    "singular": "the right-hand side has a part outside the range; x is the least-squares solution",
+    "singular": "A vanishes to rounding in a direction in which b does not; see direction and residual_norm",
     "stagnated": "rounding keeps the true residual above the tolerance; use a higher precision",
     "non_finite": "a product or the right-hand side holds NaN or infinity",
 }
@@ -25,12 +25,12 @@ class SolveResult(NamedTuple):
     Attributes:
         x: Solution, shape (n,).
         status: "converged", "max_iter", "negative_curvature", "boundary", "hard_case", "stopped",
-            "stagnated" or "non_finite"; ``STATUS_TEXT`` explains each.
+            "singular", "stagnated" or "non_finite"; ``STATUS_TEXT`` explains each.
         iterations: Iterations done.
         residual_norm: ``norm(b - A x)``, recomputed at the end, not the recursive one.
         quadratic: ``x^T A x``, with the same product.
         products: Products with ``A`` spent, the one for the residual included.
-        direction: Direction ``d`` with ``d^T A d <= 0`` where one was met, else None.
+        direction: Direction ``d`` with ``d^T A d <= 0``, or zero to rounding, where one was met, else None.
         shift: For a trust region, the ``sigma`` of ``(A + sigma I) x = b``; 0.0 elsewhere.
     """
 

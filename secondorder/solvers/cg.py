@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_system
@@ -59,8 +60,8 @@ def cg(
         callback: Called with a ``CGState`` after each iteration; stops the iteration by returning True.
 
     Returns:
-        ``SolveResult`` with ``status`` "converged", "max_iter", "negative_curvature", "stopped",
-        "stagnated" or "non_finite".
+        ``SolveResult`` with ``status`` "converged", "max_iter", "negative_curvature", "singular",
+        "stopped", "stagnated" or "non_finite".
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
@@ -92,7 +93,7 @@ def cg(
         run.restart()
     if not math.isfinite(residual_norm):
         status = "non_finite"
-    direction = run.direction if status == "negative_curvature" else None
+    direction = run.direction if status in ("negative_curvature", "singular") else None
     return SolveResult(run.x, status, run.iteration, residual_norm, quadratic, run.products, direction)
 
 
@@ -115,6 +116,8 @@ def _iterate(
             return "non_finite"
         if curvature <= 0:
             return "negative_curvature"
+        if run.is_flat:
+            return "singular"
         run.advance()
         if callback is not None and callback(run.state()):
             return "stopped"
@@ -131,6 +134,8 @@ class ConjugateDirections:
         self._A, self._b, self._M = A, b, M
         self.iteration = 0
         self.products = 0
+        self.is_flat = False
+        self._steepest = 0.0
         if x0 is None:
             self.x = b.new_zeros(b.shape)
             self._residual = b
@@ -163,10 +168,18 @@ class ConjugateDirections:
             )
 
     def curvature(self) -> float:
-        """``d^T A d`` of the next direction ``d``: one product."""
+        """``d^T A d`` of the next direction ``d``: one product.
+
+        Afterwards ``is_flat`` says whether ``A`` vanishes along ``d`` to rounding, compared with the
+        steepest direction so far: the system is singular, and a step along ``d`` has no bound.
+        """
         self._Ad = self._multiply(self.direction)
         self._dAd = self.direction.dot(self._Ad)
-        return float(self._dAd)
+        curvature, squared_norm = torch.stack([self._dAd, self.direction.dot(self.direction)]).tolist()
+        quotient = curvature / squared_norm
+        self._steepest = max(self._steepest, quotient)
+        self.is_flat = quotient <= torch.finfo(self._Ad.dtype).eps * self._steepest
+        return float(curvature)
 
     def advance(self) -> None:
         """Step to the minimiser along the direction and choose the next one."""

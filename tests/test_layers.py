@@ -1,0 +1,140 @@
+"""The order of imports (DESIGN.md, section 2), and the limits on size (CONTRIBUTING.md)."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each file may import only from the entries above its own.
+ORDER = [
+    "secondorder._arguments",
+    "secondorder.flat",
+    "secondorder.decompose",
+    "secondorder._jacobian",
+    "secondorder.functional",
+    "secondorder.products",
+    "secondorder.solvers",
+    "secondorder.operators",
+    "secondorder.curvature",
+    "secondorder.objective",
+    "secondorder.influence",
+    "secondorder",
+    "optim._options",
+    "optim._control",
+    "optim.closure",
+    "optim._base",
+    "optim.newton",
+    "optim.hessian_free",
+    "optim.gauss_newton",
+    "optim.minimize",
+    "optim.least_squares",
+    "optim.root",
+    "optim",
+]
+IMPORTS_NOTHING = ["optim._control", "optim._options"]
+TOP_LEVEL = {
+    "pyproject.toml",
+    "secondorder",
+    "optim",
+    "tests",
+    "examples",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 40
+MAX_PARAMETERS = 8
+# Mirrors of torch's signatures, constructors of optimizers and public front ends, whose parameters users
+# of the ecosystem expect.
+MANY_PARAMETERS = {"hessian", "jacobian", "hvp", "__init__", "influence"}
+
+FILES = sorted(path for package in ("secondorder", "optim") for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer(module: str) -> int:
+    """Position of the deepest entry of ORDER that the module lies in; -1 when there is none."""
+    while module:
+        if module in ORDER:
+            return ORDER.index(module)
+        module = module.rpartition(".")[0]
+    return -1
+
+
+def own_imports(tree: ast.Module) -> list[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [
+                name if (ROOT / (name.replace(".", "/") + ".py")).exists() else node.module for name in full
+            ]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return [name for name in names if name.split(".")[0] in ("secondorder", "optim")]
+
+
+@pytest.fixture(params=FILES, ids=module_name)
+def source(request):
+    path = request.param
+    text = path.read_text(encoding="utf-8")
+    return module_name(path), text, ast.parse(text)
+
+
+def test_every_file_has_a_place_in_the_order(source):
+    assert layer(source[0]) >= 0
+
+
+def test_imports_point_upwards(source):
+    module, _, tree = source
+    for imported in own_imports(tree):
+        same_entry = layer(imported) == layer(module)
+        assert layer(imported) < layer(module) or same_entry, f"{module} imports {imported}"
+    if module in IMPORTS_NOTHING:
+        assert own_imports(tree) == []
+
+
+def test_no_import_inside_a_function(source):
+    for function in functions(source[2]):
+        inner = [n for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not inner, f"{function.name} imports inside"
+
+
+def test_size_limits(source):
+    _, text, tree = source
+    lines = text.splitlines()
+    assert len(lines) <= MAX_FILE_LINES
+    for function in functions(tree):
+        body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
+        code = lines[body[0].lineno - 1 : function.end_lineno]
+        count = sum(bool(line.strip()) and not line.strip().startswith("#") for line in code)
+        assert count <= MAX_FUNCTION_LINES, f"{function.name} has {count} lines of code"
+        arguments = function.args
+        parameters = [a.arg for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs]
+        if function.name not in MANY_PARAMETERS:
+            assert len([p for p in parameters if p not in ("self", "cls")]) <= MAX_PARAMETERS, function.name
+
+
+def test_the_library_does_not_print(source):
+    calls = [n for n in ast.walk(source[2]) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert "print" not in {call.func.id for call in calls}
+
+
+def test_top_level_holds_nothing_else():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    if not listed:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.splitlines()}
+    assert {entry for entry in top if not entry.startswith(".")} <= TOP_LEVEL
+
+
+def functions(tree: ast.Module):
+    return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]

@@ -1,0 +1,176 @@
+"""Every problem that a test uses, with its source; ``test_zoo.py`` checks the records themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DOUBLE = torch.float64
+
+
+class Problem(NamedTuple):
+    """A smooth function, the sum of squares of ``residual``, with published start and minimiser."""
+
+    name: str
+    func: Callable[[Tensor], Tensor]
+    residual: Callable[[Tensor], Tensor]
+    start: tuple[float, ...]
+    start_value: float
+    minimizer: tuple[float, ...]
+    minimum: float
+    reference: str
+
+    def x0(self) -> Tensor:
+        return torch.tensor(self.start, dtype=DOUBLE)
+
+
+def _problem(name, residual, start, start_value, minimizer, reference):
+    def func(x):
+        return residual(x).square().sum()
+
+    return Problem(name, func, residual, start, start_value, minimizer, 0.0, reference)
+
+
+def _rosenbrock(x):
+    return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+def _powell_singular(x):
+    return torch.stack(
+        [x[0] + 10 * x[1], 5**0.5 * (x[2] - x[3]), (x[1] - 2 * x[2]) ** 2, 10**0.5 * (x[0] - x[3]) ** 2]
+    )
+
+
+def _beale(x):
+    targets = torch.tensor([1.5, 2.25, 2.625], dtype=x.dtype)
+    powers = torch.stack([x[1], x[1] ** 2, x[1] ** 3])
+    return targets - x[0] * (1 - powers)
+
+
+def _helical_valley(x):
+    angle = torch.atan(x[1] / x[0]) / (2 * torch.pi) + 0.5 * (x[0] < 0)
+    return torch.stack(
+        [10 * (x[2] - 10 * angle), 10 * ((x[0] ** 2 + x[1] ** 2).sqrt() - 1), x[2]],
+    )
+
+
+def _wood(x):
+    return torch.stack(
+        [
+            10 * (x[1] - x[0] ** 2),
+            1 - x[0],
+            90**0.5 * (x[3] - x[2] ** 2),
+            1 - x[2],
+            10**0.5 * (x[1] + x[3] - 2),
+            10**-0.5 * (x[1] - x[3]),
+        ]
+    )
+
+
+MGH = "Moré, Garbow and Hillstrom (1981), Testing unconstrained optimization software, problem "
+PROBLEMS = [
+    _problem("rosenbrock", _rosenbrock, (-1.2, 1.0), 24.2, (1.0, 1.0), MGH + "1"),
+    _problem("beale", _beale, (1.0, 1.0), 14.203125, (3.0, 0.5), MGH + "5"),
+    _problem("helical_valley", _helical_valley, (-1.0, 0.0, 0.0), 2500.0, (1.0, 0.0, 0.0), MGH + "7"),
+    _problem("powell_singular", _powell_singular, (3.0, -1.0, 0.0, 1.0), 215.0, (0.0,) * 4, MGH + "13"),
+    _problem("wood", _wood, (-3.0, -1.0, -3.0, -1.0), 19192.0, (1.0,) * 4, MGH + "14"),
+]
+
+
+class NetworkCase(NamedTuple):
+    """A model, a loss and a batch, in float64."""
+
+    name: str
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    inputs: Tensor
+    targets: Tensor
+
+    def outputs(self) -> Tensor:
+        return self.model(self.inputs)
+
+    def value(self) -> Tensor:
+        return self.loss(self.outputs(), self.targets)
+
+    def loss_of(self, *parameters: Tensor) -> Tensor:
+        """The loss as a function of the parameters, for dense references."""
+        names = [name for name, _ in self.model.named_parameters()]
+        outputs = torch.func.functional_call(
+            self.model, dict(zip(names, parameters, strict=True)), (self.inputs,)
+        )
+        return self.loss(outputs, self.targets)
+
+    def outputs_of(self, *parameters: Tensor) -> Tensor:
+        names = [name for name, _ in self.model.named_parameters()]
+        return torch.func.functional_call(
+            self.model, dict(zip(names, parameters, strict=True)), (self.inputs,)
+        )
+
+
+def _mlp(outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs))
+
+
+def _tied() -> nn.Module:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second, nn.Linear(4, 3))
+
+
+NETWORKS: dict[
+    str, tuple[Callable[[], nn.Module], Callable[[Tensor, Tensor], Tensor], tuple[int, ...], str]
+] = {
+    "mlp_cross_entropy": (lambda: _mlp(3), F.cross_entropy, (9, 4), "classes"),
+    "mlp_mse": (lambda: _mlp(2), F.mse_loss, (9, 4), "values"),
+    "mlp_bce": (lambda: _mlp(2), F.binary_cross_entropy_with_logits, (9, 4), "binary"),
+    "tied_weights": (_tied, F.cross_entropy, (9, 4), "classes"),
+    "cnn": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Softplus(), nn.Flatten(), nn.Linear(8, 3)),
+        F.cross_entropy,
+        (5, 1, 4, 4),
+        "classes",
+    ),
+}
+
+
+def network(name: str) -> NetworkCase:
+    build, loss, shape, kind = NETWORKS[name]
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = build().to(DOUBLE)
+    inputs = torch.randn(shape, generator=generator, dtype=DOUBLE)
+    outputs = model(inputs)
+    if kind == "classes":
+        targets = torch.randint(outputs.shape[1], (shape[0],), generator=generator)
+    elif kind == "binary":
+        targets = torch.randint(2, outputs.shape, generator=generator).to(DOUBLE)
+    else:
+        targets = torch.randn(outputs.shape, generator=generator, dtype=DOUBLE)
+    return NetworkCase(name, model, loss, inputs, targets)
+
+
+def spd_matrix(n: int, condition: float, seed: int) -> Tensor:
+    """Symmetric positive definite, eigenvalues spaced evenly in the logarithm from 1 to ``condition``."""
+    return _with_spectrum(
+        torch.logspace(0, torch.log10(torch.tensor(condition)).item(), n, dtype=DOUBLE), seed
+    )
+
+
+def indefinite_matrix(n: int, seed: int) -> Tensor:
+    """Symmetric with eigenvalues of both signs, none closer to zero than 0.5."""
+    values = torch.linspace(-2, 3, n, dtype=DOUBLE)
+    return _with_spectrum(torch.where(values >= 0, values + 0.5, values - 0.5), seed)
+
+
+def _with_spectrum(values: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=DOUBLE))[0]
+    return basis @ torch.diag(values) @ basis.T
+
+
+def vector(n: int, seed: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
