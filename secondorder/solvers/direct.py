@@ -36,11 +36,18 @@ def spectrum(A: Any, like: Tensor) -> Spectrum:
         A: A matrix of shape (n, n), an operator with ``dense()``, or anything with ``A @ v``.
         like: A vector of shape (n,) that gives dtype and device.
 
+    Returns:
+        A ``Spectrum``; ``direct`` and ``trust_region`` take it in place of ``A``.
+
     Raises:
         ValueError: ``A`` holds NaN or infinity.
 
     Cost: ``n`` products unless ``A`` is a matrix, and about ``9 n^3`` operations. Every further solve with
     another shift or radius takes ``O(n^2)``.
+
+    Example:
+        >>> spectrum(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.zeros(2)).values
+        tensor([-1.,  1.])
     """
     matrix = dense(A, like)
     if not bool(matrix.isfinite().all()):

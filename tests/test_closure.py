@@ -1,0 +1,273 @@
+"""The closure in record and value mode; the Gauss-Newton matrix it finds against dense float64."""
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+
+from optim.closure.evaluate import ClosureEvaluator, trial
+from secondorder import GaussNewton
+from secondorder.flat import flatten
+
+TOLERANCE = dict(rtol=1e-12, atol=1e-12)
+
+
+def evaluator(case, closure):
+    return ClosureEvaluator(closure, list(case.model.parameters()))
+
+
+def closures(case, weight=1.0):
+    """The three kinds of closure that ``step`` takes."""
+
+    def zero_grad():
+        for parameter in case.model.parameters():
+            parameter.grad = None
+
+    def lbfgs_style():
+        zero_grad()
+        loss = weight * case.value()
+        loss.backward()
+        return loss
+
+    def explicit():
+        outputs = case.outputs()
+        return weight * case.loss(outputs, case.targets), outputs
+
+    return {"backward": lbfgs_style, "loss": lambda: weight * case.value(), "loss_outputs": explicit}
+
+
+KINDS = ["backward", "loss", "loss_outputs"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_record_finds_gradient_and_gauss_newton(network_case, kind):
+    parameters = list(network_case.model.parameters())
+    evaluation = evaluator(network_case, closures(network_case, 3.0)[kind]).record()
+    expected = torch.autograd.grad(3 * network_case.value(), parameters)
+    torch.testing.assert_close(evaluation.gradient, flatten(expected), **TOLERANCE)
+    torch.testing.assert_close(flatten([p.grad for p in parameters]), flatten(expected), **TOLERANCE)
+    assert not evaluation.loss.requires_grad
+    assert evaluation.value == pytest.approx(3 * network_case.value().item(), rel=1e-15)
+    dense = GaussNewton(evaluation.coverage.blocks, parameters).dense()
+    torch.testing.assert_close(dense, 3 * oracles.dense_gauss_newton(network_case), **TOLERANCE)
+
+
+LOSSES = {
+    "cross_entropy": (F.cross_entropy, "classes"),
+    "cross_entropy_weighted_smoothed": (
+        lambda z, t: F.cross_entropy(
+            z, t, weight=torch.tensor([1.0, 2.0, 0.5], dtype=z.dtype), label_smoothing=0.1, ignore_index=1
+        ),
+        "classes",
+    ),
+    "log_softmax_nll": (lambda z, t: F.nll_loss(F.log_softmax(z, dim=1), t), "classes"),
+    "method_log_softmax_nll": (lambda z, t: F.nll_loss(z.log_softmax(1), t), "classes"),
+    "module_nll": (lambda z, t: torch.nn.NLLLoss()(torch.nn.LogSoftmax(dim=1)(z), t), "classes"),
+    "unreduced": (lambda z, t: F.cross_entropy(z, t, reduction="none").mean(), "classes"),
+    "sum": (lambda z, t: F.cross_entropy(z, t, reduction="sum") / 9, "classes"),
+    "mse": (F.mse_loss, "values"),
+    "huber": (lambda z, t: F.huber_loss(z, t, delta=0.5), "values"),
+    "poisson": (lambda z, t: F.poisson_nll_loss(z, t.abs()), "values"),
+    "two_losses": (lambda z, t: F.mse_loss(z, t) + 2 * F.huber_loss(z, t), "values"),
+    "bce_logits": (F.binary_cross_entropy_with_logits, "binary"),
+    "sigmoid_bce": (lambda z, t: F.binary_cross_entropy(torch.sigmoid(z), t), "binary"),
+    "keyword": (lambda z, t: F.mse_loss(input=z, target=t), "values"),
+    "kl_div": (
+        lambda z, t: F.kl_div(F.log_softmax(z, dim=1), t.softmax(1), reduction="batchmean"),
+        "values3",
+    ),
+}
+
+
+def case_with(loss, kind):
+    base = zoo.network({"classes": "mlp_cross_entropy", "binary": "mlp_bce"}.get(kind, "mlp_mse"))
+    if kind == "values3":
+        base = zoo.network("mlp_cross_entropy")
+        base = base._replace(targets=zoo.vector(27, 5).view(9, 3))
+    return base._replace(loss=loss)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_known_losses(name):
+    case = case_with(*LOSSES[name])
+    evaluation = evaluator(case, closures(case)["backward"]).record()
+    assert evaluation.coverage.blocks, evaluation.coverage.description
+    dense = GaussNewton(evaluation.coverage.blocks, list(case.model.parameters())).dense()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
+
+
+def penalty(case):
+    return sum(p.square().sum() for p in case.model.parameters())
+
+
+NOT_COVERED = {
+    "explicit_l2": (lambda c: c.value() + penalty(c), "also enter the objective"),
+    "unknown_loss": (lambda c: c.outputs().square().sum(), "no known loss"),
+    "not_linear": (lambda c: c.value().exp(), "not linear"),
+    "negative": (lambda c: -c.value(), "negative weight"),
+    "unused": (lambda c: c.outputs().cosh().sum() + 0 * c.value().item(), "does not depend"),
+    "bare_nll": (lambda c: F.nll_loss(c.outputs().softmax(1).log(), c.targets), "no known loss"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_COVERED)
+def test_what_is_not_covered_is_not_called_gauss_newton(name):
+    objective, reason = NOT_COVERED[name]
+    case = zoo.network("mlp_cross_entropy")
+    coverage = evaluator(case, lambda: objective(case)).record().coverage
+    assert coverage.blocks == ()
+    assert reason in coverage.description
+
+
+def test_several_backward_calls_add_up():
+    case = zoo.network("mlp_cross_entropy")
+
+    def closure():
+        case.model.zero_grad()
+        total = 0.0
+        for x, t in zip(case.inputs.split(3), case.targets.split(3), strict=True):
+            loss = F.cross_entropy(case.model(x), t) / 3
+            loss.backward()
+            total += loss.item()
+        return total
+
+    evaluation = evaluator(case, closure).record()
+    assert evaluation.value == pytest.approx(case.value().item(), rel=1e-14)
+    dense = GaussNewton(evaluation.coverage.blocks, list(case.model.parameters())).dense()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
+
+
+def test_backward_with_a_gradient_and_through_the_function():
+    case = zoo.network("mlp_cross_entropy")
+    weights = torch.linspace(0.5, 2, 9, dtype=torch.float64)
+
+    def closure():
+        case.model.zero_grad()
+        losses = F.cross_entropy(case.outputs(), case.targets, reduction="none")
+        torch.autograd.backward([losses], [weights])
+        return losses.detach() @ weights
+
+    weighted = case._replace(loss=lambda z, t: F.cross_entropy(z, t, reduction="none") @ weights)
+    dense = GaussNewton(
+        evaluator(case, closure).record().coverage.blocks, list(case.model.parameters())
+    ).dense()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(weighted), **TOLERANCE)
+
+
+def test_clipping_inside_the_closure_is_the_gradient_of_the_model():
+    case = zoo.network("mlp_mse")
+
+    def closure():
+        case.model.zero_grad()
+        loss = case.value()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(case.model.parameters(), 1e-3)
+        return loss
+
+    assert float(evaluator(case, closure).record().gradient.norm()) == pytest.approx(1e-3, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_mode_evaluates_without_a_trace(network_case, kind):
+    parameters = list(network_case.model.parameters())
+    run = evaluator(network_case, closures(network_case)[kind])
+    run.record()
+    grads = [p.grad for p in parameters]
+    copies = [g.clone() for g in grads]
+    step = 0.1 * zoo.vector(sum(p.numel() for p in parameters), 7)
+    before = [p.detach().clone() for p in parameters]
+    versions = [p._version for p in parameters]
+    with trial(parameters, step):
+        value = run.value()
+        expected = network_case.value().item()
+    assert value == expected
+    assert value != network_case.value().item()
+    assert all(p.grad is g and torch.equal(g, c) for p, g, c in zip(parameters, grads, copies, strict=True))
+    assert all(map(torch.equal, parameters, before))
+    assert [p._version for p in parameters] == versions
+
+
+def test_no_graph_is_built_in_value_mode():
+    case, seen = zoo.network("mlp_mse"), []
+
+    def closure():
+        with torch.enable_grad():
+            loss = case.value()
+        seen.append(loss.requires_grad)
+        loss.backward()
+        return loss
+
+    run = evaluator(case, closure)
+    run.record()
+    run.value()
+    assert seen == [True, False]
+
+
+def test_closure_that_differentiates_with_respect_to_its_inputs():
+    """A physics-informed loss: gradients stay on in value mode."""
+    model = zoo.network("mlp_mse").model
+    points = torch.linspace(0, 1, 5, dtype=torch.float64)[:, None].repeat(1, 4).requires_grad_()
+
+    def closure():
+        (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+        return F.mse_loss(slope, torch.ones_like(slope))
+
+    run = ClosureEvaluator(closure, list(model.parameters()))
+    assert run.record().value == run.value()
+
+
+def test_dropout_is_one_function_within_a_step():
+    case = zoo.network("mlp_mse")
+    case = case._replace(model=torch.nn.Sequential(case.model, torch.nn.Dropout(0.5)))
+    run = evaluator(case, closures(case)["backward"])
+    torch.manual_seed(3)
+    value = run.record().value
+    after = torch.get_rng_state()
+    assert run.value() == value
+    assert run.value() == value
+    torch.testing.assert_close(run.gradient(), flatten([p.grad for p in case.model.parameters()]))
+    assert torch.equal(torch.get_rng_state(), after)
+    assert evaluator(case, closures(case)["backward"]).record().value != value
+
+
+BAD_CLOSURES = {
+    "none": (lambda c: None, TypeError, "closure must return the loss.*got NoneType"),
+    "detached": (lambda c: c.value().detach(), RuntimeError, "carries a graph, got a detached one"),
+    "vector": (lambda c: c.outputs(), RuntimeError, r"must be a scalar, got shape \(9, 3\)"),
+    "nan": (lambda c: c.value() * float("nan"), RuntimeError, "must be finite, got nan"),
+    "infinite": (lambda c: c.value() / 0, RuntimeError, "must be finite, got inf"),
+    "nan_gradient": (
+        lambda c: c.value() + c.outputs().sum() * 0 * torch.sqrt(0 * c.value()),
+        RuntimeError,
+        "finite",
+    ),
+    "no_parameter": (
+        lambda c: torch.ones((), requires_grad=True) * 2,
+        RuntimeError,
+        "at least one parameter",
+    ),
+    "triple": (lambda c: (c.value(), 1, 2), TypeError, "got a tuple of 3"),
+    "bad_outputs": (lambda c: (c.value(), "outputs"), TypeError, "tuple of tensors, got str"),
+    "detached_outputs": (lambda c: (c.value(), c.outputs().detach()), RuntimeError, "got a detached tensor"),
+    "raises": (lambda c: 1 / 0, ZeroDivisionError, "division"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CLOSURES)
+def test_bad_closures_leave_everything_as_it_was(name):
+    closure, error, text = BAD_CLOSURES[name]
+    case = zoo.network("mlp_cross_entropy")
+    parameters = list(case.model.parameters())
+    case.value().backward()
+    grads, copies = [p.grad for p in parameters], [p.grad.clone() for p in parameters]
+    before = [p.detach().clone() for p in parameters]
+
+    def dirty():
+        case.model.zero_grad(set_to_none=False)
+        return closure(case)
+
+    with pytest.raises(error, match=text):
+        evaluator(case, dirty).record()
+    assert all(p.grad is g and torch.equal(g, c) for p, g, c in zip(parameters, grads, copies, strict=True))
+    assert all(map(torch.equal, parameters, before))

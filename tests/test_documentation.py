@@ -1,0 +1,97 @@
+"""README blocks, docstring examples and example scripts run, and public names are documented."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import optim
+import secondorder
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PACKAGES = (secondorder, optim)
+MODULES = sorted(
+    {package.__name__ for package in PACKAGES}
+    | {
+        m.name
+        for package in PACKAGES
+        for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+    }
+)
+PUBLIC = [(package, name) for package in PACKAGES for name in package.__all__]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_readme_block_runs(block, capsys):
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out
+
+
+def test_readme_states_the_two_commands():
+    assert "pip install -e '.[examples]' && python examples/digits.py" in README
+    assert "pip install -e '.[test]' && pytest" in README
+
+
+def test_readme_training_block_keeps_its_promise():
+    names = {}
+    exec(BLOCKS[0], names)
+    assert float(names["loss"]) < 1e-6
+    exec(BLOCKS[1], names)
+    assert names["result"].x.tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    # By full path: optim.minimize is also a function.
+    importlib.import_module(name)
+    module = sys.modules[name]
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for test in finder.find(module, name, globs={**vars(module), "torch": torch}):
+        torch.manual_seed(0)
+        runner.run(test)
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[f"{p.__name__}.{n}" for p, n in PUBLIC])
+def test_public_name_is_documented(package, name):
+    thing = getattr(package, name)
+    assert inspect.getdoc(thing)
+    if inspect.isroutine(thing):
+        for section in ("Args:", "Returns:", "Raises:", "Cost:", "Example:"):
+            assert section in thing.__doc__, f"{name} lacks {section}"
+
+
+def test_digits_example(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "digits.py"))["main"]
+    runs = main(["--seconds", "0.3", "--plot", str(tmp_path / "digits.png")])
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    assert {run.name.split()[0] for run in runs} == {
+        "hessian-free",
+        "gauss-newton",
+        "newton",
+        "lbfgs",
+        "adam",
+    }
+    for run in runs:
+        assert run.train_loss < run.curve[0][2]
+    output = capsys.readouterr().out
+    assert "best learning rate of Adam:" in output
+    assert "hessian-free" in output
+
+
+def test_digits_example_refuses_an_unknown_optimizer():
+    command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--optimizer", "sgd"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "invalid choice: 'sgd'" in done.stderr

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+import zoo
+
+import optim
+
+
+@pytest.mark.parametrize("method", ["newton", "newton-cg"])
+def test_finds_the_published_minimizer(problem, method):
+    result = optim.minimize(problem.func, problem.x0(), method=method, gtol=1e-9)
+    assert result.success, result
+    assert result.fun == pytest.approx(problem.minimum, abs=1e-9)
+    # The Hessian of Powell's function is singular at the minimiser: x is known to gtol^(1/3) only.
+    tolerance = 1e-2 if problem.name == "powell_singular" else 1e-6
+    torch.testing.assert_close(
+        result.x, torch.tensor(problem.minimizer, dtype=torch.float64), rtol=tolerance, atol=tolerance
+    )
+    assert float(result.grad.abs().max()) <= 1e-9
+    torch.testing.assert_close(result.fun, problem.func(result.x).item())
+
+
+def test_quadratic_in_one_step():
+    A, b = zoo.spd_matrix(8, 100.0, 1), zoo.vector(8, 2)
+    result = optim.minimize(lambda x: 0.5 * x @ A @ x - b @ x, torch.zeros_like(b), radius=1e3)
+    assert (result.status, result.nit, result.nfev, result.nhev) == ("converged", 1, 2, 2)
+    torch.testing.assert_close(result.x, torch.linalg.solve(A, b))
+
+
+def test_leaves_an_exact_saddle():
+    result = optim.minimize(lambda x: x[0] ** 2 + (x[1] ** 2 - 1) ** 2, torch.zeros(2, dtype=torch.float64))
+    assert result.success
+    assert result.x.abs().tolist() == pytest.approx([0.0, 1.0], abs=1e-8)
+
+
+def test_shape_and_dtype_are_those_of_the_start():
+    x0 = torch.zeros(2, 3)
+    target = torch.arange(6.0).view(2, 3)
+    result = optim.minimize(lambda x: (x - target).square().sum(), x0)
+    assert result.x.shape == result.grad.shape == (2, 3)
+    assert result.x.dtype == torch.float32
+    torch.testing.assert_close(result.x, target, rtol=1e-3, atol=1e-3)
+    assert torch.equal(x0, torch.zeros(2, 3))
+
+
+def test_an_unreachable_tolerance_ends_at_the_noise_floor():
+    A, b = zoo.spd_matrix(8, 1e4, 1).float(), zoo.vector(8, 2).float()
+    result = optim.minimize(lambda x: 0.5 * x @ A @ x - b @ x, torch.zeros(8), gtol=1e-30)
+    assert result.status == "noise_floor"
+    assert not result.success
+    assert "rounding" in result.message
+
+
+def test_infinite_trials_are_survived():
+    """Newton's step from 0.01 leaves the domain of the logarithm again and again."""
+    result = optim.minimize(lambda x: (x - torch.log(x)).sum(), torch.full((2,), 5.0, dtype=torch.float64))
+    assert result.success
+    torch.testing.assert_close(result.x, torch.ones(2, dtype=torch.float64), rtol=1e-7, atol=1e-7)
+
+
+def test_iteration_limit_and_callback():
+    rosenbrock, seen = zoo.PROBLEMS[0], []
+    assert optim.minimize(rosenbrock.func, rosenbrock.x0(), max_iter=2).status == "max_iter"
+
+    def callback(state):
+        seen.append(state.fun)
+        return len(seen) == 3
+
+    assert optim.minimize(rosenbrock.func, rosenbrock.x0(), callback=callback).status == "stopped"
+    assert seen == sorted(seen, reverse=True)
+    assert len(seen) == 3
+
+
+def test_unbounded_below_says_so_by_its_status():
+    result = optim.minimize(lambda x: -x.square().sum(), torch.ones(2, dtype=torch.float64), max_iter=30)
+    assert not result.success
+
+
+def test_gradients_of_captured_tensors_are_untouched():
+    captured = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    x0 = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optim.minimize(lambda x: (x - captured).square().sum(), x0)
+    assert captured.grad is None
+    assert x0.grad is None
+
+
+def test_repr_is_readable():
+    text = repr(optim.minimize(lambda x: x.square().sum(), torch.ones(2)))
+    assert text.startswith("MinimizeResult(status='converged', fun=")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "text"),
+    [
+        ((lambda x: x.sum(), [1.0]), {}, TypeError, "x0 must be a floating-point tensor, got list"),
+        ((lambda x: x.sum(), torch.ones(2).long()), {}, TypeError, "got torch.int64"),
+        ((lambda x: x, torch.ones(2)), {}, ValueError, r"single element, got shape \(2,\)"),
+        ((lambda x: 1.0, torch.ones(2)), {}, TypeError, "fun must return a tensor, got float"),
+        ((lambda x: x.sum() * math.nan, torch.ones(2)), {}, ValueError, r"fun\(x0\) must be finite, got nan"),
+        ((lambda x: torch.ones(()), torch.ones(2)), {}, ValueError, "must depend on x"),
+        ((lambda x: x.sum(), torch.ones(2)), {"method": "bfgs"}, ValueError, "method must be one of 'auto'"),
+        ((lambda x: x.sum(), torch.ones(2)), {"gtol": -1.0}, ValueError, "gtol must be a positive number"),
+        (
+            (lambda x: x.sum(), torch.ones(2)),
+            {"max_iter": 0},
+            ValueError,
+            "max_iter must be a positive integer",
+        ),
+    ],
+)
+def test_bad_input(arguments, options, error, text):
+    with pytest.raises(error, match=text):
+        optim.minimize(*arguments, **options)

@@ -1,0 +1,369 @@
+"""What all three optimizers promise; the quadratic model and the step against dense linear algebra."""
+
+import math
+import warnings
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+
+import optim
+from optim._base import SecondOrderOptimizer
+
+OPTIMIZERS = {
+    "newton": optim.Newton,
+    "newton_cg": lambda p, **k: optim.Newton(p, solver="cg", rtol=1e-8, **k),
+    "hessian_free": optim.HessianFree,
+    "gauss_newton": optim.GaussNewton,
+    "gauss_newton_cg": lambda p, **k: optim.GaussNewton(p, solver="cg", **k),
+}
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make(request):
+    return OPTIMIZERS[request.param]
+
+
+def closure_of(case, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = case.value()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_trains_every_network_without_ever_increasing_the_loss(network_case, make):
+    optimizer = make(network_case.model.parameters())
+    closure, losses = closure_of(network_case, optimizer), []
+    for _ in range(40):
+        losses.append(float(optimizer.step(closure)))
+        report = optimizer.report
+        assert report.loss == losses[-1]
+        # Beyond rounding of the loss.
+        assert report.new_loss <= report.loss + 1e-13 * abs(report.loss)
+    assert losses[-1] < 0.05 * losses[0]
+    assert network_case.value().item() == pytest.approx(optimizer.report.new_loss, rel=1e-12)
+
+
+def test_the_same_closure_object_trains_with_lbfgs_and_with_ours(make):
+    case = zoo.network("mlp_cross_entropy")
+    holder = [torch.optim.LBFGS(case.model.parameters(), max_iter=3)]
+
+    def closure():
+        holder[0].zero_grad()
+        loss = case.value()
+        loss.backward()
+        return loss
+
+    start = case.value().item()
+    holder[0].step(closure)
+    middle = case.value().item()
+    holder[0] = make(case.model.parameters())
+    for _ in range(10):
+        holder[0].step(closure)
+    assert case.value().item() < middle < start
+
+
+@pytest.mark.parametrize("kind", ["loss", "loss_outputs"])
+def test_all_kinds_of_closure_take_the_same_steps(make, kind):
+    trajectories = []
+    for which in ("backward", kind):
+        case = zoo.network("mlp_mse")
+        optimizer = make(case.model.parameters())
+        outputs = {"backward": closure_of(case, optimizer), "loss": case.value}
+
+        def explicit(case=case):
+            z = case.outputs()
+            return case.loss(z, case.targets), z
+
+        closure = outputs.get(which, explicit)
+        for _ in range(5):
+            optimizer.step(closure)
+        trajectories.append(torch.cat([p.detach().reshape(-1) for p in case.model.parameters()]))
+    torch.testing.assert_close(*trajectories, rtol=1e-9, atol=1e-11)
+
+
+def least_squares_model():
+    case = zoo.network("mlp_mse")
+    return case._replace(model=torch.nn.Linear(4, 2).double())
+
+
+@pytest.mark.parametrize("name", ["newton", "newton_cg", "gauss_newton"])
+def test_one_step_solves_a_quadratic_and_rho_is_one(name):
+    """With a ball or a damping that does not bind: the normal equations in one step."""
+    case = least_squares_model()
+    bound = {"radius": 1e6} if name.startswith("newton") else {"damping": 1e-12}
+    optimizer = OPTIMIZERS[name](case.model.parameters(), **bound)
+    optimizer.step(closure_of(case, optimizer))
+    assert optimizer.report.rho == pytest.approx(1.0, rel=1e-6)
+    design = torch.cat([case.inputs, torch.ones(9, 1, dtype=torch.float64)], dim=1)
+    solution = torch.linalg.lstsq(design, case.targets).solution
+    torch.testing.assert_close(case.model.weight, solution[:4].T, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(case.model.bias, solution[4], rtol=1e-6, atol=1e-7)
+
+
+def test_levenberg_marquardt_step_equals_the_dense_one():
+    case = least_squares_model()
+    optimizer = optim.GaussNewton(case.model.parameters(), damping=0.3)
+    parameters = list(case.model.parameters())
+    before = torch.cat([p.detach().reshape(-1) for p in parameters])
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(case.value(), parameters)])
+    H = oracles.dense_hessian(case.loss_of, parameters)
+    optimizer.step(closure_of(case, optimizer))
+    after = torch.cat([p.detach().reshape(-1) for p in parameters])
+    step = torch.linalg.solve(H + 0.3 * torch.eye(len(H), dtype=H.dtype), -gradient)
+    torch.testing.assert_close(after - before, step, rtol=1e-9, atol=1e-12)
+    assert optimizer.report.step_norm == pytest.approx(float(step.norm()), rel=1e-9)
+    assert optimizer.report.rho == pytest.approx(1.0)
+
+
+def test_lr_scales_the_step_and_the_prediction():
+    norms = []
+    for lr in (1.0, 0.25):
+        case = least_squares_model()
+        with torch.no_grad():
+            for p in case.model.parameters():
+                p.fill_(0.1)
+        optimizer = optim.GaussNewton(case.model.parameters(), lr=lr, damping=0.3)
+        optimizer.step(closure_of(case, optimizer))
+        assert optimizer.report.rho == pytest.approx(1.0)
+        norms.append(optimizer.report.step_norm)
+    assert norms[1] == pytest.approx(0.25 * norms[0])
+
+
+def test_groups_with_their_own_lr(make):
+    case = least_squares_model()
+    weight, bias = case.model.weight, case.model.bias
+    before = bias.detach().clone()
+    optimizer = make([{"params": [weight]}, {"params": [bias], "lr": 1e-9}])
+    optimizer.step(closure_of(case, optimizer))
+    assert optimizer.report.accepted
+    assert float((bias - before).norm()) < 1e-7
+    assert optimizer.report.rho == pytest.approx(1.0, rel=1e-3)
+
+
+def test_scheduler_drives_lr(make):
+    case = zoo.network("mlp_mse")
+    optimizer = make(case.model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    optimizer.step(closure_of(case, optimizer))
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_checkpoint_resumes_bit_for_bit(make, tmp_path):
+    def fresh():
+        case = zoo.network("mlp_cross_entropy")
+        optimizer = make(case.model.parameters())
+        return case, optimizer, closure_of(case, optimizer)
+
+    case, optimizer, closure = fresh()
+    for _ in range(3):
+        optimizer.step(closure)
+    torch.save({"model": case.model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
+    for _ in range(3):
+        optimizer.step(closure)
+    again, resumed, resumed_closure = fresh()
+    checkpoint = torch.load(tmp_path / "c.pt")
+    again.model.load_state_dict(checkpoint["model"])
+    resumed.load_state_dict(checkpoint["optimizer"])
+    for _ in range(3):
+        resumed.step(resumed_closure)
+    for a, b in zip(case.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # NaN (no rho) does not occur: every step was tried.
+    assert optimizer.report == resumed.report
+
+
+def test_gradient_after_a_step_is_the_one_at_its_start(make):
+    case = zoo.network("mlp_mse")
+    parameters = list(case.model.parameters())
+    expected = torch.autograd.grad(case.value(), parameters)
+    optimizer = make(parameters)
+    optimizer.step(closure_of(case, optimizer))
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+        assert not parameter.grad.requires_grad
+
+
+def test_frozen_and_unused_parameters_do_not_move(make):
+    case = zoo.network("mlp_mse")
+    frozen, unused = case.model[0].weight, torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    optimizer = make([*case.model.parameters(), unused])
+    for _ in range(5):
+        optimizer.step(closure_of(case, optimizer))
+    assert optimizer.report.accepted
+    assert torch.equal(frozen, before)
+    assert torch.equal(unused, torch.ones(2, dtype=torch.float64))
+
+
+def test_at_a_stationary_point_nothing_happens(make):
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = make([x])
+    loss = optimizer.step(lambda: F.mse_loss(x, torch.zeros(3, dtype=torch.float64)))
+    assert float(loss) == 0.0
+    assert optimizer.report.status == "zero_gradient"
+    assert math.isnan(optimizer.report.rho)
+    assert torch.equal(x, torch.zeros(3, dtype=torch.float64))
+
+
+def test_converged_steps_do_not_drift(make):
+    """At the minimum every decrease is below rounding: gradients decide, and the point stays."""
+    case = least_squares_model()
+    optimizer = make(case.model.parameters())
+    closure = closure_of(case, optimizer)
+    for _ in range(60):
+        optimizer.step(closure)
+    minimum = case.value().item()
+    for _ in range(20):
+        optimizer.step(closure)
+    assert case.value().item() <= minimum * (1 + 1e-14)
+    assert optimizer.report.gradient_norm < 1e-9
+
+
+@pytest.mark.parametrize("trouble", ["nan", "inf", "raise"])
+def test_trouble_in_a_trial_leaves_finite_parameters(make, trouble):
+    case, calls = zoo.network("mlp_mse"), []
+    optimizer = make(case.model.parameters())
+    before = [p.detach().clone() for p in case.model.parameters()]
+
+    def closure():
+        calls.append(1)
+        loss = case.value()
+        if len(calls) == 1:
+            return loss
+        if trouble == "raise":
+            raise KeyboardInterrupt
+        return loss * float(trouble)
+
+    if trouble == "raise":
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(closure)
+    else:
+        size = optimizer.param_groups[0].get("damping") or 1 / optimizer.param_groups[0]["radius"]
+        optimizer.step(closure)
+        assert not optimizer.report.accepted
+        assert optimizer.report.rho == -math.inf
+        now = optimizer.param_groups[0].get("damping") or 1 / optimizer.param_groups[0]["radius"]
+        assert now > size
+    assert all(map(torch.equal, case.model.parameters(), before))
+
+
+@pytest.mark.parametrize("name", ["hessian_free", "gauss_newton", "gauss_newton_cg"])
+class TestFallback:
+    @staticmethod
+    def closure(case):
+        return lambda: case.value() + 0.01 * sum(p.square().sum() for p in case.model.parameters())
+
+    def test_uses_the_hessian_and_warns_once(self, name):
+        case = zoo.network("mlp_cross_entropy")
+        optimizer = OPTIMIZERS[name](case.model.parameters())
+        closure = self.closure(case)
+        with pytest.warns(UserWarning, match="also enter the objective outside a known loss.*exact Hessian"):
+            first = float(optimizer.step(closure))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(30):
+                last = float(optimizer.step(closure))
+        assert last < 0.6 * first
+        assert optimizer.report.curvature.startswith("hessian (")
+        assert optimizer.report.gradient_norm < 0.05
+
+    def test_strict_makes_it_an_error(self, name):
+        case = zoo.network("mlp_cross_entropy")
+        optimizer = OPTIMIZERS[name](case.model.parameters(), strict=True)
+        with pytest.raises(RuntimeError, match=r"return \(loss, outputs\)"):
+            optimizer.step(self.closure(case))
+
+    def test_leaves_an_indefinite_region(self, name):
+        """A ridge: the Hessian is negative across it, and no known loss is called."""
+        x = torch.tensor([0.1, 1.0], dtype=torch.float64, requires_grad=True)
+        optimizer = OPTIMIZERS[name]([x], damping=1e-3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(60):
+                optimizer.step(lambda: (x[0] ** 2 - 1) ** 2 + x[1] ** 2)
+        torch.testing.assert_close(
+            x.detach(), torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_report_says_what_was_used():
+    case = zoo.network("mlp_cross_entropy")
+    optimizer = optim.HessianFree(case.model.parameters())
+    assert optimizer.report is None
+    optimizer.step(closure_of(case, optimizer))
+    assert optimizer.report.curvature == "gauss-newton (cross_entropy)"
+    # One gradient, one with a graph, a third for each trial, 4/3 for each product.
+    products = optimizer.report.iterations + 1
+    assert optimizer.report.gradient_equivalents == pytest.approx(2 + products * 4 / 3 + 1 / 3, abs=2)
+    optimizer = optim.GaussNewton(case.model.parameters())
+    outputs = case.outputs()
+    optimizer.step(lambda: (case.loss(outputs, case.targets), outputs))
+    assert "explicit" in optimizer.report.curvature
+
+
+def test_float32_reaches_its_floor(make):
+    case = zoo.network("mlp_mse")
+    case = case._replace(model=case.model.float(), inputs=case.inputs.float(), targets=case.targets.float())
+    optimizer = make(case.model.parameters())
+    for _ in range(150):
+        optimizer.step(closure_of(case, optimizer))
+    assert all(bool(p.isfinite().all()) for p in case.model.parameters())
+    assert case.value().item() < 1e-3
+
+
+class TestBadInput:
+    def test_no_closure(self, make):
+        optimizer = make([torch.ones(2, requires_grad=True)])
+        with pytest.raises(TypeError, match=r"step needs a closure.*got None"):
+            optimizer.step()
+
+    def test_no_parameter_to_move(self, make):
+        with pytest.raises(RuntimeError, match="no parameter that requires gradients"):
+            make([torch.ones(2)]).step(lambda: torch.ones(()))
+
+    def test_no_parameters(self, make):
+        with pytest.raises(ValueError, match="empty parameter list"):
+            make([])
+
+    @pytest.mark.parametrize(
+        ("option", "text"),
+        [
+            ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
+            ({"lr": -1.0}, "lr must be a positive number"),
+            ({"max_trials": 0}, "max_trials must be a positive integer, got 0"),
+            ({"max_iter": 2.5}, "max_iter must be a positive integer, got 2.5"),
+        ],
+    )
+    def test_options_out_of_range(self, make, option, text):
+        with pytest.raises(ValueError, match=text):
+            make([torch.ones(2, requires_grad=True)], **option)
+
+    def test_unknown_option(self, make):
+        with pytest.raises(TypeError, match="momentum"):
+            make([torch.ones(2, requires_grad=True)], momentum=0.9)
+
+
+def test_options_of_one_optimizer():
+    x = [torch.ones(2, requires_grad=True)]
+    with pytest.raises(ValueError, match="solver must be one of 'auto', 'direct', 'cg', got 'lu'"):
+        optim.Newton(x, solver="lu")
+    with pytest.raises(ValueError, match="radius must be a positive number, got inf"):
+        optim.Newton(x, radius=math.inf)
+    with pytest.raises(ValueError, match="damping must be a positive number, got -1"):
+        optim.GaussNewton(x, damping=-1)
+    with pytest.raises(ValueError, match="decay must be between 0 and 1, got 2"):
+        optim.HessianFree(x, decay=2)
+
+
+def test_base_class_is_the_torch_one():
+    assert issubclass(SecondOrderOptimizer, torch.optim.Optimizer)
+    optimizer = optim.Newton([torch.ones(2, requires_grad=True)])
+    assert "radius: 1.0" in repr(optimizer)
