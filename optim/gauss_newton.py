@@ -19,7 +19,8 @@ class GaussNewton(SecondOrderOptimizer):
         params: Parameters or parameter groups, as for every torch optimizer.
         lr: Multiplies the step; 1.0 is the full step.
         damping: First damping, loss over parameter squared; adapts, and lives in the group.
-        solver: "direct" (dense matrix), "cg", or "auto": direct up to ``direct_limit`` parameters.
+        solver: "direct" (dense matrix), "cg", or "auto": direct for float64 parameters, up to
+            ``direct_limit`` of them; in lower precision small eigenvalues are rounding.
         direct_limit: Largest number of parameters for which "auto" forms the matrix.
         rtol: Relative residual at which CG stops.
         max_iter: Iterations of CG in one solve.

@@ -16,13 +16,14 @@ class Newton(SecondOrderOptimizer):
     """Newton's method: the exact Hessian, in a trust region.
 
     Indefinite Hessians are no problem: the step minimises the quadratic model inside a ball, exactly
-    (up to ``direct_limit`` parameters, from an eigendecomposition) or by truncated CG.
+    (from an eigendecomposition) or by truncated CG.
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
         lr: Multiplies the step; 1.0 is the full Newton step.
         radius: First trust radius, in units of the parameters; adapts, and lives in the group.
-        solver: "direct" (dense Hessian), "cg" (Steihaug), or "auto": direct up to ``direct_limit``.
+        solver: "direct" (dense Hessian), "cg" (Steihaug), or "auto": direct for float64 parameters, up
+            to ``direct_limit`` of them; in lower precision small eigenvalues are rounding.
         direct_limit: Largest number of parameters for which "auto" forms the Hessian.
         rtol: Relative residual at which CG stops.
         max_iter: Iterations of CG in one solve.

@@ -98,7 +98,7 @@ class ClosureEvaluator:
     def value(self) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors."""
         with _grads_put_aside(self._parameters):
-            return float(self._replay(_Value(), gradients=self._differentiates))
+            return _number(self._replay(_Value(), gradients=self._differentiates))
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
@@ -286,8 +286,12 @@ def _split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
     return loss, outputs
 
 
+def _number(loss: Tensor | float) -> float:
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
 def _finite(loss: Tensor | float) -> float:
-    value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+    value = _number(loss)
     if not math.isfinite(value):
         raise RuntimeError(
             f"the loss at the current parameters must be finite, got {value}; the step was not taken and"
