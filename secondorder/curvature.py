@@ -1,7 +1,7 @@
 """Curvature operators of a loss that carries a graph: ``Hessian`` and ``GaussNewton``.
 
 Both evaluate nothing again: they keep the graph of the gradient, or of ``u -> J^T u``, and a product
-repeats only the linear part of it (DESIGN.md, section 3). They are valid until a parameter is changed
+repeats only the linear part of it. They are valid until a parameter is changed
 in place, which is when autograd itself would refuse to use the graph.
 """
 

@@ -1,4 +1,4 @@
-"""The order of imports (DESIGN.md, section 2), and the limits on size (CONTRIBUTING.md)."""
+"""The order of imports, and the limits on size (CONTRIBUTING.md)."""
 
 import ast
 import subprocess
