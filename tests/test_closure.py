@@ -271,3 +271,55 @@ def test_bad_closures_leave_everything_as_it_was(name):
         evaluator(case, dirty).record()
     assert all(p.grad is g and torch.equal(g, c) for p, g, c in zip(parameters, grads, copies, strict=True))
     assert all(map(torch.equal, parameters, before))
+
+
+class Counting(torch.nn.Module):
+    """Writes to buffers in the ways that layers do: in place, by index, through out=."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("table", torch.zeros(2, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        self.table[0] = self.mean
+        torch.add(self.mean, 1.0, out=self.table[1])
+        return (x + 0.0).relu_()
+
+
+def test_buffers_move_once_in_record_and_not_in_value_mode():
+    case = zoo.network("mlp_mse")
+    norm = torch.nn.BatchNorm1d(4).double()
+    case = case._replace(model=torch.nn.Sequential(Counting(), norm, *case.model))
+    run = evaluator(case, closures(case)["backward"])
+    run.record()
+    assert norm.num_batches_tracked == 1
+    assert case.model[0].calls == 1
+    buffers = [b.clone() for b in case.model.buffers()]
+    assert all(bool((b != 0).any()) for b in buffers)
+    first = run.value()
+    run.gradient()
+    assert run.value() == first
+    assert all(map(torch.equal, case.model.buffers(), buffers))
+
+
+def test_buffers_are_restored_when_a_trial_raises():
+    case, calls = zoo.network("mlp_mse"), []
+    case = case._replace(model=torch.nn.Sequential(Counting(), *case.model))
+
+    def closure():
+        calls.append(1)
+        value = case.value()
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return value
+
+    run = evaluator(case, closure)
+    run.record()
+    buffers = [b.clone() for b in case.model.buffers()]
+    with pytest.raises(KeyboardInterrupt):
+        run.value()
+    assert all(map(torch.equal, case.model.buffers(), buffers))

@@ -2,13 +2,12 @@
 
 *record*, once a step: the closure runs for real, its backward passes keep their graph, its losses are
 noted. *value*, for every trial: gradients are off and backward is swallowed, the random state is the one of
-the recording, and ``.grad`` is left alone.
+the recording, and ``.grad``, buffers and everything else that existed before is left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,15 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from optim.closure.losses import Coverage, LossLog, cover
+from optim.closure.losses import Coverage, cover
+from optim.closure.modes import Record, Value, WriteGuard
 from secondorder import Block
 from secondorder.flat import flatten, unflatten
 
 Closure = Callable[[], Any]
-
-_BACKWARD = {func: inspect.signature(func) for func in (Tensor.backward, torch.autograd.backward)}
 
 
 class Evaluation(NamedTuple):
@@ -69,8 +66,7 @@ class ClosureEvaluator:
         """
         self._random.save()
         with _restore_grads_on_error(self._parameters), torch.enable_grad():
-            log = LossLog()
-            mode = _Record(log)
+            mode = Record()
             with sdpa_kernel(SDPBackend.MATH), mode:
                 returned = self._closure()
             self._differentiates = mode.differentiates
@@ -91,25 +87,25 @@ class ClosureEvaluator:
             if outputs:
                 coverage = _explicit(objective, outputs)
             else:
-                coverage = cover(log.losses, roots, root_gradients, self._parameters)
+                coverage = cover(mode.log.losses, roots, root_gradients, self._parameters)
         returned_loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
         return Evaluation(returned_loss, value, objective, gradient, coverage)
 
     def value(self) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors."""
-        with _grads_put_aside(self._parameters):
-            return _number(self._replay(_Value(), gradients=self._differentiates))
+        with _grads_put_aside(self._parameters), WriteGuard() as guard:
+            return _number(self._replay(Value(guard), gradients=self._differentiates))
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
-        mode = _Record(LossLog())
-        with _grads_put_aside(self._parameters):
+        with _grads_put_aside(self._parameters), WriteGuard() as guard:
+            mode = Record(guard)
             loss = self._replay(mode, gradients=True)
             if not mode.roots:
                 self._fill_grads(_root_of(loss)[0][0])
             return self._gradient()
 
-    def _replay(self, mode: TorchFunctionMode, gradients: bool) -> Any:
+    def _replay(self, mode: Record | Value, gradients: bool) -> Any:
         """The loss of another run with the random numbers of the recorded one."""
         with (
             self._random.replayed(),
@@ -150,52 +146,6 @@ def trial(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
     finally:
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.data = original
-
-
-class _Record(TorchFunctionMode):
-    """Keeps the graphs of backward passes, and notes their roots and the known losses."""
-
-    def __init__(self, log: LossLog) -> None:
-        super().__init__()
-        self.roots: list[Tensor] = []
-        self.root_gradients: list[Tensor] = []
-        self.differentiates = False
-        self._log = log
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _BACKWARD:
-            return self._backward(func, *args, **kwargs)
-        if func is torch.autograd.grad:
-            self.differentiates = True
-        result = func(*args, **kwargs)
-        self._log.see(func, args, kwargs, result)
-        return result
-
-    def _backward(self, func: Any, *args: Any, **kwargs: Any) -> None:
-        call = _BACKWARD[func].bind(*args, **kwargs)
-        call.arguments["retain_graph"] = True
-        func(*call.args, **call.kwargs)
-        given = call.arguments.get("gradient", call.arguments.get("grad_tensors"))
-        tensors = args[0]
-        roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-        weights = given if isinstance(given, tuple | list) else (given,) * len(roots)
-        self.roots += roots
-        self.root_gradients += [
-            torch.ones_like(root) if weight is None else weight.detach()
-            for root, weight in zip(roots, weights, strict=True)
-        ]
-
-
-class _Value(TorchFunctionMode):
-    """Swallows backward, and keeps gradients off where the closure turns them on."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _BACKWARD:
-            return None
-        if func is torch._C._set_grad_enabled and not torch.is_grad_enabled():
-            return None
-        return func(*args, **(kwargs or {}))
 
 
 class _RandomState:
