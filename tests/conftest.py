@@ -5,6 +5,8 @@ import torch
 import zoo
 from hypothesis import settings
 
+# Otherwise torch gives each of its warnings once a process, and only one test would fail of it.
+torch.set_warn_always(True)
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("suite")
 

@@ -142,7 +142,7 @@ def test_groups_with_their_own_lr(make):
     optimizer = make([{"params": [weight]}, {"params": [bias], "lr": 1e-9}])
     optimizer.step(closure_of(case, optimizer))
     assert optimizer.report.accepted
-    assert float((bias - before).norm()) < 1e-7
+    assert (bias - before).norm().item() < 1e-7
     assert optimizer.report.rho == pytest.approx(1.0, rel=1e-3)
 
 
