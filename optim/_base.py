@@ -1,12 +1,13 @@
 """The shared step: evaluate, model, solve, try, judge, commit.
 
-A subclass says which curvature (``_curvature``), how to solve (``_solve``) and how to adapt
-(``_adapt``); everything else is here.
+A subclass says which curvature (``_curvature``), how to solve (``_solve``), how to adapt (``_adapt``) and
+which options are allowed (``_check_options``); everything else is here.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
@@ -15,48 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim import _control
-from optim.closure.evaluate import ClosureEvaluator, Evaluation, trial
+from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
+from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
 from secondorder.flat import unflatten
 
-# Costs in gradients (one forward and one backward pass, the backward twice the forward).
-FORWARD_COST = 1 / 3
+# Cost of a product on the kept graph, in gradients of a deep network.
 PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
-
-# Armijo's constant and the shrinking of the step in the line search (Martens' Hessian-free code).
-SUFFICIENT_DECREASE = 0.01
-BACKTRACKING = 0.8
-MAX_BACKTRACKS = 60
-
-
-class QuadraticModel(NamedTuple):
-    """``m(p) = value + gradient . p + p . curvature p / 2``.
-
-    Attributes:
-        value: Loss at the start of the step.
-        gradient: Its gradient, flat, shape (n,).
-        curvature: Operator on flat vectors, undamped; a ``MatrixOperator`` for a direct solver.
-    """
-
-    value: float
-    gradient: Tensor
-    curvature: LinearOperator
-
-    def predicted(self, p: Tensor, quadratic: float) -> float:
-        """The decrease that the model promises, given ``p . curvature p``."""
-        return -float(self.gradient.dot(p)) - 0.5 * quadratic
-
-
-class Proposal(NamedTuple):
-    """What ``_solve`` gives: the solution of the model and, from CG, earlier iterates to fall back on.
-
-    ``result.quadratic`` is ``x . B x`` with the undamped curvature.
-    """
-
-    result: SolveResult
-    earlier: tuple[Tensor, ...] = ()
-    line_search: bool = False
 
 
 class StepReport(NamedTuple):
@@ -66,12 +32,14 @@ class StepReport(NamedTuple):
         loss: Loss before the step.
         new_loss: Loss after it; equal to ``loss`` where no step was taken.
         accepted: Whether the parameters moved.
-        rho: Reduction ratio of the last trial; NaN when there was none.
+        rho: Reduction ratio, actual over predicted decrease, of the last full solution of the model, before
+            any line search; NaN when there was none.
         damping: Damping for the next step; 0.0 for a method with a radius.
         radius: Trust radius for the next step; infinity for a method with damping.
         gradient_norm: Euclidean norm of the gradient before the step.
         step_norm: Euclidean norm of the step taken.
-        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``), or "zero_gradient".
+        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``), or "zero_gradient", "zero_lr",
+            "non_finite" where there was nothing to solve.
         iterations: Of the solver, all trials together.
         trials: Systems solved.
         curvature: Which curvature was used, and why.
@@ -92,18 +60,15 @@ class StepReport(NamedTuple):
     curvature: str
     gradient_equivalents: float
 
-
-class _Counter:
-    """Counts the work of one step: the gradient itself, and that of setting up the curvature."""
-
-    def __init__(self, product_cost: float = 0.0) -> None:
-        self.cost = 2.0
-        self.iterations = 0
-        self.trials = 0
-        self._product_cost = product_cost
-
-    def add_products(self, number: int) -> None:
-        self.cost += number * self._product_cost
+    def __repr__(self) -> str:
+        size = f"damping={self.damping:.3g}" if self.radius == math.inf else f"radius={self.radius:.3g}"
+        return (
+            f"StepReport(loss={self.loss:.6g} -> {self.new_loss:.6g}, accepted={self.accepted}, "
+            f"rho={self.rho:.3g}, {size}, gradient_norm={self.gradient_norm:.3g}, "
+            f"step_norm={self.step_norm:.3g}, status={self.status!r}, iterations={self.iterations}, "
+            f"trials={self.trials}, curvature={self.curvature!r}, "
+            f"gradient_equivalents={self.gradient_equivalents:.1f})"
+        )
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -124,6 +89,29 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _adapt(self, rho: float, step_norm: float) -> None:
         """Set damping or radius after a trial."""
 
+    @staticmethod
+    @abstractmethod
+    def _check_options(options: dict[str, Any]) -> None:
+        """Raise ValueError for an option of a parameter group that is out of range."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with its own ``lr``; the other options are those of the first group.
+
+        Raises:
+            ValueError: an option is out of range, or differs from that of the first group: there is
+                one model for all parameters.
+        """
+        if self.param_groups:
+            for name in self.defaults:
+                joint = self.param_groups[0][name]
+                if name != "lr" and param_group.setdefault(name, joint) != joint:
+                    raise ValueError(
+                        f"{name} must be the same in all parameter groups (there is one model for all"
+                        f" parameters), got {joint!r} and {param_group[name]!r}."
+                    )
+        self._check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
         """One step: the loss does not increase beyond rounding, and parameters are never NaN.
@@ -136,41 +124,50 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             The loss before the step.
 
         Raises:
-            TypeError: ``closure`` is None or returns something else.
+            TypeError: ``closure`` is not callable or returns something else; a parameter is complex.
+            ValueError: parameters differ in dtype or device.
             RuntimeError: the loss at the current parameters is not finite, not a scalar, or does not
-                depend on the parameters. Parameters and gradients are unchanged.
+                depend on the parameters. Parameters, gradients and random state are unchanged.
         """
-        if closure is None:
+        if not callable(closure):
             raise TypeError(
                 f"{type(self).__name__}.step needs a closure that evaluates the model and returns the loss,"
-                " got None; the closure of torch.optim.LBFGS works as it is."
+                f" got {type(closure).__name__}; the closure of torch.optim.LBFGS works as it is."
             )
         parameters = self._parameters()
         evaluator = ClosureEvaluator(closure, parameters)
-        evaluation = evaluator.record()
-        gradient_norm = float(evaluation.gradient.norm())
-        if gradient_norm == 0:
-            self.report = self._report(evaluation, _Outcome("zero_gradient"), _Counter(), "none")
-            return evaluation.loss
-        with torch.enable_grad():
-            operator, description = self._curvature(evaluation)
-        counter = _Counter(PRODUCT_COST[type(operator)])
-        if self._is_direct(operator):
+        with evaluator.restored_on_error():
+            evaluation = evaluator.record()
+            with torch.enable_grad():
+                operator, description = self._curvature(evaluation)
+        counter = Counter(PRODUCT_COST[type(operator)])
+        outcome = self._nothing_to_do(evaluation)
+        if outcome is None and self._is_direct(operator):
             operator = MatrixOperator(operator.dense())
             counter.add_products(operator.shape[0])
-        model = QuadraticModel(evaluation.value, evaluation.gradient, operator)
-        outcome = self._search(model, evaluator, parameters, counter)
+            if not bool(operator.dense().isfinite().all()):
+                outcome = _Outcome("non_finite")
+        if outcome is None:
+            model = QuadraticModel(evaluation.value, evaluation.gradient, operator)
+            outcome = self._search(model, evaluator, parameters, counter)
         if outcome.taken is not None:
             for parameter, part in zip(parameters, unflatten(outcome.taken.step, parameters), strict=True):
                 parameter.add_(part.to(parameter.dtype))
         self.report = self._report(evaluation, outcome, counter, description)
         return evaluation.loss
 
+    def _nothing_to_do(self, evaluation: Evaluation) -> _Outcome | None:
+        if not bool(evaluation.gradient.any()):
+            return _Outcome("zero_gradient")
+        if not any(float(group["lr"]) > 0 for group in self.param_groups):
+            return _Outcome("zero_lr")
+        return None
+
     def _search(
-        self, model: QuadraticModel, evaluator: ClosureEvaluator, parameters: list[Tensor], counter: _Counter
+        self, model: QuadraticModel, evaluator: ClosureEvaluator, parameters: list[Tensor], counter: Counter
     ) -> _Outcome:
         """Solve and try, with more damping after each failure, until a step is worth taking."""
-        judge = _Judge(model, evaluator, parameters, counter)
+        judge = Judge(model, evaluator, parameters, counter)
         status = ""
         for _ in range(self.param_groups[0]["max_trials"]):
             proposal = self._solve(model)
@@ -187,10 +184,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         """All parameters that can move; one joint model over all groups."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        name = type(self).__name__
         if not parameters:
-            raise RuntimeError(
-                f"{type(self).__name__} has no parameter that requires gradients; unfreeze at least one."
-            )
+            raise RuntimeError(f"{name} has no parameter that requires gradients; unfreeze at least one.")
+        first = parameters[0]
+        for parameter in parameters:
+            if parameter.is_complex():
+                raise TypeError(
+                    f"{name} needs real parameters, got {parameter.dtype}; use torch.view_as_real."
+                )
+            if parameter.dtype != first.dtype or parameter.device != first.device:
+                raise ValueError(
+                    f"{name} needs parameters of one dtype on one device, got {first.dtype} on {first.device}"
+                    f" and {parameter.dtype} on {parameter.device}."
+                )
         return parameters
 
     def _learning_rates(self) -> float | Tensor:
@@ -208,7 +215,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         )
 
     def _report(
-        self, evaluation: Evaluation, outcome: _Outcome, counter: _Counter, curvature: str
+        self, evaluation: Evaluation, outcome: _Outcome, counter: Counter, curvature: str
     ) -> StepReport:
         group, taken = self.param_groups[0], outcome.taken
         return StepReport(
@@ -242,20 +249,31 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def _gauss_newton(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
         """The Gauss-Newton matrix, or the Hessian with a warning where it would miss a term."""
-        blocks, description = evaluation.coverage
+        blocks, description, is_whole = evaluation.coverage
+        name, parameters = type(self).__name__, self._parameters()
+        if blocks and is_whole:
+            return GaussNewton.of_blocks(blocks, parameters), f"gauss-newton ({description})"
         if blocks:
-            return GaussNewton(blocks, self._parameters()), f"gauss-newton ({description})"
-        text = (
-            f"{type(self).__name__} found no Gauss-Newton matrix for the whole objective: {description}."
-            " Let the closure return (loss, outputs), with outputs the tensor that a convex loss is"
-            " computed from."
+            self._warn_or_raise(
+                f"{name} was given outputs that do not carry the whole loss: {description}.",
+                "The curvature of what enters past them is left out.",
+            )
+            return GaussNewton.of_blocks(blocks, parameters), f"gauss-newton ({description})"
+        self._warn_or_raise(
+            f"{name} found no Gauss-Newton matrix for the whole objective: {description}. Use the losses of"
+            " torch.nn.functional, or let the closure return (loss, outputs), with outputs the tensor that a"
+            " convex loss is computed from.",
+            "The exact Hessian is used instead.",
         )
+        return Hessian(evaluation.objective, parameters), f"hessian ({description})"
+
+    def _warn_or_raise(self, text: str, consequence: str) -> None:
+        """An error in strict mode, else a warning, once, that points at the line that called ``step``."""
         if self.param_groups[0]["strict"]:
             raise RuntimeError(text)
         if not self._warned:
             self._warned = True
-            warnings.warn(text + " The exact Hessian is used instead.", stacklevel=4)
-        return Hessian(evaluation.objective, self._parameters()), f"hessian ({description})"
+            warnings.warn(f"{text} {consequence}", stacklevel=_level_of_caller())
 
     @staticmethod
     def _undamped(result: SolveResult, damping: float) -> SolveResult:
@@ -267,83 +285,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             group.update(values)
 
 
-class _Taken(NamedTuple):
-    step: Tensor
-    value: float
-
-
 class _Outcome(NamedTuple):
     status: str
     rho: float = math.nan
-    taken: _Taken | None = None
+    taken: Taken | None = None
 
 
-class _Judge:
-    """Tries steps and says which one to take; keeps the reduction ratio of the full step."""
-
-    def __init__(
-        self, model: QuadraticModel, evaluator: ClosureEvaluator, parameters: list[Tensor], counter: _Counter
-    ) -> None:
-        self._model, self._evaluator, self._parameters = model, evaluator, parameters
-        self._counter = counter
-        self.rho = math.nan
-        self.step_norm = math.nan
-
-    def try_out(self, proposal: Proposal, rate: float | Tensor) -> _Taken | None:
-        """The step to take, or None: the full one, an earlier iterate, or a shorter one along it."""
-        full = rate * proposal.result.x
-        self.step_norm = float(full.norm())
-        quadratic = self._quadratic(proposal.result, full, rate)
-        predicted = self._model.predicted(full, quadratic)
-        value = self._value_at(full) if math.isfinite(predicted) and predicted > 0 else math.nan
-        self.rho = self._ratio(full, value, predicted)
-        best = _Taken(full, value)
-        for x in reversed(proposal.earlier):
-            candidate = _Taken(rate * x, self._value_at(rate * x))
-            if math.isfinite(best.value) and not candidate.value < best.value:
-                break
-            best = candidate
-        if best.step is full and self.rho > _control.ACCEPTANCE:
-            return best
-        if self._decreases_enough(best):
-            return best
-        return self._backtrack(best.step) if proposal.line_search else None
-
-    def _quadratic(self, result: SolveResult, full: Tensor, rate: float | Tensor) -> float:
-        if isinstance(rate, float):
-            return rate * rate * result.quadratic
-        self._counter.add_products(1)
-        return float(full.dot(self._model.curvature @ full))
-
-    def _value_at(self, step: Tensor) -> float:
-        self._counter.cost += FORWARD_COST
-        with trial(self._parameters, step):
-            return self._evaluator.value()
-
-    def _ratio(self, step: Tensor, value: float, predicted: float) -> float:
-        """The reduction ratio from the losses or, where their difference is rounding, from the gradients."""
-        actual = self._model.value - value
-        if not _control.is_noise(actual, predicted, self._model.value, torch.finfo(step.dtype).eps):
-            return _control.reduction_ratio(actual, predicted)
-        self._counter.cost += 1.0
-        with trial(self._parameters, step):
-            gradient = self._evaluator.gradient()
-        # The trapezoid rule along the step.
-        trapezoid = -0.5 * float((self._model.gradient + gradient).dot(step))
-        return _control.reduction_ratio(trapezoid, predicted)
-
-    def _decreases_enough(self, taken: _Taken) -> bool:
-        slope = float(self._model.gradient.dot(taken.step))
-        bound = self._model.value + SUFFICIENT_DECREASE * min(slope, 0.0)
-        return taken.value <= bound and taken.value < self._model.value
-
-    def _backtrack(self, step: Tensor) -> _Taken | None:
-        """Shorten a descent step until the loss decreases enough (Armijo 1966)."""
-        if not float(self._model.gradient.dot(step)) < 0:
-            return None
-        for _ in range(MAX_BACKTRACKS):
-            step = BACKTRACKING * step
-            taken = _Taken(step, self._value_at(step))
-            if self._decreases_enough(taken):
-                return taken
-        return None
+def _level_of_caller() -> int:
+    """The ``stacklevel`` of the first frame outside this library and torch, seen from the caller."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("optim", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -15,6 +15,8 @@ CANCELLATION = 100.0
 ACCEPTANCE = 1e-4
 
 MIN_DAMPING, MAX_DAMPING = 1e-12, 1e12
+# Below this a step changes no parameter.
+MIN_RADIUS = 1e-20
 
 
 def is_noise(actual: float, predicted: float, value: float, eps: float) -> bool:
@@ -65,5 +67,6 @@ def trust_radius(radius: float, rho: float, step_norm: float) -> float:
     fewest evaluations on the problems of Moré, Garbow and Hillstrom.
     """
     if not rho >= 0.25:
-        return 0.25 * min(radius, step_norm)
+        shorter = min(radius, step_norm) if step_norm > 0 else radius
+        return max(0.25 * shorter, MIN_RADIUS)
     return 2.5 * radius if rho > 0.75 and step_norm >= 0.9 * radius else radius

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim import _control
-from optim._base import Evaluation, Proposal, QuadraticModel, SecondOrderOptimizer
-from optim._options import SOLVERS, check_choice, check_count, check_positive
+from optim._base import Evaluation, SecondOrderOptimizer
+from optim._judge import Proposal, QuadraticModel
+from optim._options import SOLVERS, check_choice, check_count, check_lr, check_positive
 from secondorder import LinearOperator, MatrixOperator, cg, direct
 
 
@@ -53,7 +55,7 @@ class GaussNewton(SecondOrderOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         *,
         damping: float = 1.0,
         solver: str = "auto",
@@ -63,9 +65,6 @@ class GaussNewton(SecondOrderOptimizer):
         max_trials: int = 10,
         strict: bool = False,
     ) -> None:
-        check_positive(lr=lr, damping=damping, rtol=rtol)
-        check_count(direct_limit=direct_limit, max_iter=max_iter, max_trials=max_trials)
-        check_choice(SOLVERS, solver=solver)
         defaults: dict[str, Any] = dict(
             lr=lr,
             damping=damping,
@@ -78,6 +77,13 @@ class GaussNewton(SecondOrderOptimizer):
             strict=strict,
         )
         super().__init__(params, defaults)
+
+    @staticmethod
+    def _check_options(options: dict[str, Any]) -> None:
+        check_lr(options)
+        check_positive(options, "damping", "rtol")
+        check_count(options, "direct_limit", "max_iter", "max_trials")
+        check_choice(options, "solver", SOLVERS)
 
     def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
         return self._gauss_newton(evaluation)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim import _control
-from optim._base import Evaluation, Proposal, QuadraticModel, SecondOrderOptimizer
-from optim._options import check_count, check_positive
+from optim._base import Evaluation, SecondOrderOptimizer
+from optim._judge import Proposal, QuadraticModel
+from optim._options import check_count, check_lr, check_positive
 from secondorder import LinearOperator, cg
 from secondorder.flat import flatten, unflatten
 from secondorder.solvers import CGState
@@ -70,7 +71,7 @@ class HessianFree(SecondOrderOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         *,
         damping: float = 1.0,
         max_iter: int = 250,
@@ -79,10 +80,6 @@ class HessianFree(SecondOrderOptimizer):
         max_trials: int = 5,
         strict: bool = False,
     ) -> None:
-        check_positive(lr=lr, damping=damping, progress=progress)
-        check_count(max_iter=max_iter, max_trials=max_trials)
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be between 0 and 1, got {decay!r}.")
         defaults: dict[str, Any] = dict(
             lr=lr,
             damping=damping,
@@ -93,6 +90,14 @@ class HessianFree(SecondOrderOptimizer):
             strict=strict,
         )
         super().__init__(params, defaults)
+
+    @staticmethod
+    def _check_options(options: dict[str, Any]) -> None:
+        check_lr(options)
+        check_positive(options, "damping", "progress")
+        check_count(options, "max_iter", "max_trials")
+        if not 0 <= options["decay"] <= 1:
+            raise ValueError(f"decay must be between 0 and 1, got {options['decay']!r}.")
 
     def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
         return self._gauss_newton(evaluation)
@@ -110,7 +115,8 @@ class HessianFree(SecondOrderOptimizer):
             callback=stop,
         )
         self._keep(result.x)
-        return Proposal(self._undamped(result, damping), tuple(stop.kept), line_search=True)
+        earlier = tuple(x for x in stop.kept if x is not result.x)
+        return Proposal(self._undamped(result, damping), earlier, line_search=True)
 
     def _adapt(self, rho: float, step_norm: float) -> None:
         damping = _control.levenberg_marquardt_damping(self.param_groups[0]["damping"], rho)

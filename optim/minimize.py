@@ -13,6 +13,9 @@ from optim import _control
 from optim._options import check_choice, check_count, check_positive
 from secondorder import Hessian, LinearOperator, MatrixOperator, SolveResult, steihaug, trust_region
 
+# A value below this, relative to the start, has no minimum near it.
+UNBOUNDED = -1e30
+
 METHODS = ("auto", "newton", "newton-cg")
 
 # Up to here an eigendecomposition (about 9 n^3 operations a step) is cheaper than Steihaug's products.
@@ -23,7 +26,9 @@ MESSAGES = {
     "noise_floor": "no decrease is left that rounding would not hide; the gradient is above gtol",
     "radius": "the trust radius fell below the spacing of numbers at x; is fun smooth there?",
     "max_iter": "the iteration limit came first; raise max_iter",
-    "non_finite": "the Hessian at x is not finite or spans more than the range of numbers",
+    "non_finite": "gradient or Hessian at x are not finite, or span more than the range of numbers",
+    "unbounded": "fun went below -1e30: it seems to have no minimum",
+    "running": "an intermediate point, as a callback sees it",
     "stopped": "the callback asked to stop",
 }
 
@@ -35,7 +40,8 @@ class MinimizeResult(NamedTuple):
         x: Best point found, of the shape of ``x0``.
         fun: Value there.
         grad: Gradient there, of the shape of ``x0``.
-        status: "converged", "noise_floor", "radius", "max_iter", "non_finite" or "stopped".
+        status: "converged", "noise_floor", "radius", "max_iter", "non_finite", "unbounded" or "stopped";
+            "running" in what a callback sees.
         nit: Steps taken or rejected.
         nfev: Evaluations of ``fun``.
         njev: Gradients.
@@ -114,12 +120,13 @@ def minimize(
         >>> result.status, result.x.round(decimals=8)
         ('converged', tensor([1., 1.], dtype=torch.float64))
     """
-    if not isinstance(x0, Tensor) or not x0.is_floating_point():
+    if not isinstance(x0, Tensor) or x0.dtype not in (torch.float64, torch.float32):
         kind = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
-        raise TypeError(f"x0 must be a floating-point tensor, got {kind}.")
-    check_choice(METHODS, method=method)
-    check_count(max_iter=max_iter)
-    check_positive(**{k: v for k, v in (("gtol", gtol), ("radius", radius)) if v is not None})
+        raise TypeError(f"x0 must be a tensor of float64 or float32, got {kind}; use torch.tensor(...).")
+    options = {"method": method, "max_iter": max_iter, "gtol": gtol, "radius": radius}
+    check_choice(options, "method", METHODS)
+    check_count(options, "max_iter")
+    check_positive(options, *(name for name in ("gtol", "radius") if options[name] is not None))
     direct = method == "newton" or (method == "auto" and x0.numel() <= DIRECT_LIMIT)
     run = _Run(fun, x0.detach().clone(), direct)
     tolerance = math.sqrt(torch.finfo(x0.dtype).eps) if gtol is None else gtol
@@ -148,7 +155,12 @@ class _Run:
             raise ValueError(f"fun(x0) must be finite, got {point.value}; choose another x0.")
         if not point.loss.requires_grad:
             raise ValueError("fun(x0) must depend on x, got a value without a graph.")
+        self._unbounded = UNBOUNDED * max(1.0, abs(point.value))
         self._move_to(point)
+        if not bool(self._gradient.isfinite().all()):
+            raise ValueError(
+                "the gradient of fun at x0 must be finite, got NaN or infinity; choose another x0."
+            )
 
     def _evaluate(self, x: Tensor) -> _Point:
         self._nfev += 1
@@ -167,6 +179,8 @@ class _Run:
         hessian = Hessian(point.loss, [point.x])
         self._gradient, self._curvature = hessian.gradient, self._form(hessian)
         self._njev += 1
+        matrix = self._curvature.dense() if self._direct else self._gradient
+        self._is_finite = bool(self._gradient.isfinite().all()) and bool(matrix.isfinite().all())
 
     def _form(self, hessian: Hessian) -> LinearOperator:
         if not self._direct:
@@ -196,6 +210,8 @@ class _Run:
                 return "converged"
             if self._nit >= max_iter:
                 return "max_iter"
+            if not self._is_finite:
+                return "non_finite"
             self._nit += 1
             result = self._solve(radius)
             step_norm = float(result.x.norm())
@@ -207,8 +223,10 @@ class _Run:
             radius = _control.trust_radius(radius, rho, step_norm)
             if rho > _control.ACCEPTANCE:
                 self._move_to(trial)
-                if callback is not None and callback(self.result("stopped")):
+                if callback is not None and callback(self.result("running")):
                     return "stopped"
+                if trial.value < self._unbounded:
+                    return "unbounded"
             elif in_noise:
                 return "noise_floor"
             elif radius <= self._eps * max(1.0, float(self._point.x.detach().norm())):
@@ -216,18 +234,23 @@ class _Run:
 
     def _is_minimum(self, gtol: float) -> bool:
         """Gradient within tolerance and, where eigenvalues are known, none of them negative."""
-        if float(self._gradient.abs().max() if self._gradient.numel() else 0.0) > gtol:
+        if not float(self._gradient.abs().max() if self._gradient.numel() else 0.0) <= gtol:
             return False
         if not isinstance(self._curvature, MatrixOperator) or not self._gradient.numel():
             return True
+        if not self._is_finite:
+            return False
         values = self._curvature.spectrum.values
         return float(values[0]) >= -math.sqrt(self._eps) * float(values.abs().max())
 
     def _ratio(self, trial: _Point, step: Tensor, predicted: float) -> tuple[float, bool]:
         """The reduction ratio, and whether it had to be taken from the gradients."""
         actual = self._point.value - trial.value
+        if not trial.loss.requires_grad:
+            # A branch on which fun is constant: nothing to go on from.
+            return -math.inf, False
         in_noise = _control.is_noise(actual, predicted, self._point.value, self._eps)
-        if in_noise and trial.loss.requires_grad:
+        if in_noise:
             self._njev += 1
             gradient = torch.autograd.grad(trial.loss, trial.x, retain_graph=True)[0].reshape(-1)
             actual = -0.5 * float((self._gradient + gradient).dot(step))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim import _control
-from optim._base import Evaluation, Proposal, QuadraticModel, SecondOrderOptimizer
-from optim._options import SOLVERS, check_choice, check_count, check_positive
+from optim._base import Evaluation, SecondOrderOptimizer
+from optim._judge import Proposal, QuadraticModel
+from optim._options import SOLVERS, check_choice, check_count, check_lr, check_positive
 from secondorder import Hessian, LinearOperator, MatrixOperator, steihaug, trust_region
 
 
@@ -53,7 +55,7 @@ class Newton(SecondOrderOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         *,
         radius: float = 1.0,
         solver: str = "auto",
@@ -62,9 +64,6 @@ class Newton(SecondOrderOptimizer):
         max_iter: int = 250,
         max_trials: int = 10,
     ) -> None:
-        check_positive(lr=lr, radius=radius, rtol=rtol)
-        check_count(direct_limit=direct_limit, max_iter=max_iter, max_trials=max_trials)
-        check_choice(SOLVERS, solver=solver)
         defaults: dict[str, Any] = dict(
             lr=lr,
             radius=radius,
@@ -75,6 +74,13 @@ class Newton(SecondOrderOptimizer):
             max_trials=max_trials,
         )
         super().__init__(params, defaults)
+
+    @staticmethod
+    def _check_options(options: dict[str, Any]) -> None:
+        check_lr(options)
+        check_positive(options, "radius", "rtol")
+        check_count(options, "direct_limit", "max_iter", "max_trials")
+        check_choice(options, "solver", SOLVERS)
 
     def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
         return Hessian(evaluation.objective, self._parameters()), "hessian"

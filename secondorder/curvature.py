@@ -7,7 +7,7 @@ in place, which is when autograd itself would refuse to use the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +34,11 @@ class Block(NamedTuple):
 class _ParameterOperator(LinearOperator):
     """An operator on the flat vector of some parameters."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = tuple(parameters)
+        for index, parameter in enumerate(self._parameters):
+            if not isinstance(parameter, Tensor):
+                raise TypeError(f"parameters[{index}] must be a tensor, got {type(parameter).__name__}.")
         if not self._parameters:
             raise ValueError("parameters must hold at least one tensor, got none.")
         first = self._parameters[0]
@@ -90,7 +93,7 @@ class Hessian(_ParameterOperator):
         tensor([ 6., 12.])
     """
 
-    def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
         super().__init__(parameters)
         _check_loss(loss)
         grads = torch.autograd.grad(
@@ -100,7 +103,10 @@ class Hessian(_ParameterOperator):
         self._indices = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._grads = [grads[i] for i in self._indices]
         self.gradient = flatten(
-            [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, parameters, strict=True)]
+            [
+                torch.zeros_like(p) if g is None else g.detach()
+                for g, p in zip(grads, self._parameters, strict=True)
+            ]
         )
 
     def _matvec(self, v: Tensor) -> Tensor:
@@ -125,12 +131,13 @@ class GaussNewton(_ParameterOperator):
     are convex in the outputs and the weights non-negative.
 
     Args:
-        blocks: One ``Block`` for each loss of outputs; ``GaussNewton.of(loss, outputs, parameters)``
-            makes the usual single one.
+        loss: A scalar computed from ``outputs``, convex in them.
+        outputs: The network's outputs in the graph, a tensor or a tuple of tensors.
         parameters: Tensors of one dtype and device that require gradients.
 
     Raises:
-        ValueError: there is no block, or one without a graph; ``parameters`` is empty, mixed or frozen.
+        ValueError: ``loss`` or ``outputs`` carry no graph, or have nothing to do with one another;
+            ``parameters`` is empty, mixed or frozen.
 
     Cost: construction, one gradient with a graph; a product, 1.1 (MLP) to 1.7 gradients (transformer).
 
@@ -139,11 +146,25 @@ class GaussNewton(_ParameterOperator):
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> outputs = w.square()
-        >>> GaussNewton.of((outputs - 1).square().sum(), outputs, [w]) @ torch.ones(2)
+        >>> GaussNewton((outputs - 1).square().sum(), outputs, [w]) @ torch.ones(2)
         tensor([ 8., 32.])
     """
 
-    def __init__(self, blocks: Sequence[Block], parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self, loss: Tensor, outputs: Tensor | tuple[Tensor, ...], parameters: Iterable[Tensor]
+    ) -> None:
+        _check_loss(loss)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        self._set_up([Block(loss, outputs, torch.ones_like(loss))], parameters)
+
+    @classmethod
+    def of_blocks(cls, blocks: Sequence[Block], parameters: Iterable[Tensor]) -> GaussNewton:
+        """The operator of a sum of weighted losses, each of outputs of its own."""
+        operator = cls.__new__(cls)
+        operator._set_up(blocks, parameters)
+        return operator
+
+    def _set_up(self, blocks: Sequence[Block], parameters: Iterable[Tensor]) -> None:
         super().__init__(parameters)
         if not blocks:
             raise ValueError("blocks must hold at least one loss of outputs, got none.")
@@ -167,15 +188,6 @@ class GaussNewton(_ParameterOperator):
         )
         self._indices = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         self._pulled = [pulled[i] for i in self._indices]
-
-    @classmethod
-    def of(
-        cls, loss: Tensor, outputs: Tensor | tuple[Tensor, ...], parameters: Sequence[Tensor]
-    ) -> GaussNewton:
-        """The operator for one scalar ``loss`` computed from ``outputs``."""
-        _check_loss(loss)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        return cls([Block(loss, outputs, torch.ones_like(loss))], parameters)
 
     def _matvec(self, v: Tensor) -> Tensor:
         if not self._pulled:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from secondorder.curvature import GaussNewton, Hessian
 from secondorder.flat import flatten_rows
 from secondorder.operators import LinearOperator, MatrixOperator
-from secondorder.solvers import SolveResult, cg, direct
+from secondorder.solvers import STATUS_TEXT, SolveResult, cg, direct
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 CURVATURES = ("hessian", "gauss-newton")
 SOLVERS = ("auto", "direct", "cg")
 DIRECT_LIMIT = 1000
+# Rounding of a mean in single precision, and a little more.
+MEAN_TOLERANCE = 1e-4
 
 
 class InfluenceResult(NamedTuple):
@@ -38,10 +40,17 @@ class InfluenceResult(NamedTuple):
     status: str
     residual_norm: float
 
+    @property
+    def message(self) -> str:
+        """One sentence on ``status``: the cause, and the remedy where there is one."""
+        if self.status == "negative_curvature":
+            return "the parameters are not a minimiser; use curvature='gauss-newton', or more damping"
+        return STATUS_TEXT[self.status]
+
     def __repr__(self) -> str:
         return (
-            f"InfluenceResult(scores=tensor of shape {tuple(self.scores.shape)}, status={self.status!r}, "
-            f"residual_norm={self.residual_norm:.3g})"
+            f"InfluenceResult(status={self.status!r}, residual_norm={self.residual_norm:.3g},"
+            f"  # {self.message}\n  scores={self.scores})"
         )
 
 
@@ -80,8 +89,9 @@ def influence(
 
     Raises:
         TypeError: ``train`` or ``test`` is not a pair of tensors.
-        ValueError: an option is out of range; a pair has unequal lengths; ``model`` is in training mode
-            with a layer whose output depends on the batch or on chance.
+        ValueError: an option is out of range; a pair has unequal lengths; ``loss`` is not a mean over
+            samples; ``model`` is in training mode with a layer whose output depends on the batch or on
+            chance.
 
     Cost: ``n`` products (direct) or one CG solve for each test sample, over the whole training set in
     one batch; one gradient for each sample.
@@ -100,28 +110,43 @@ def influence(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("model must have a parameter that requires gradients, got none.")
-    operator = _objective_curvature(model, loss, train, curvature) + (l2 + damping)
+    value, curved = _objective_curvature(model, loss, train, curvature)
+    operator = curved + (l2 + damping)
     n = operator.shape[0]
     if solver == "direct" or (solver == "auto" and n <= DIRECT_LIMIT):
         operator = MatrixOperator(operator.dense())
-    test_gradients = torch.cat(list(_sample_gradients(model, loss, test, parameters)))
+    test_gradients = torch.cat([rows for rows, _ in _sample_gradients(model, loss, test, parameters)])
     results = [_solve(operator, gradient) for gradient in test_gradients]
     solutions = torch.stack([result.x for result in results], dim=1)
-    samples = len(train[0])
-    scores = [rows @ solutions for rows in _sample_gradients(model, loss, train, parameters)]
+    samples, scores, losses = len(train[0]), [], []
+    for rows, values in _sample_gradients(model, loss, train, parameters):
+        scores.append(rows @ solutions)
+        losses.append(values)
+    _check_mean(value, torch.cat(losses))
     return InfluenceResult(torch.cat(scores).T / samples, *_worst(results, test_gradients))
 
 
 def _objective_curvature(
     model: nn.Module, loss: Loss, train: tuple[Tensor, Tensor], curvature: str
-) -> LinearOperator:
+) -> tuple[Tensor, LinearOperator]:
+    """The loss over the training set, and its curvature."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.enable_grad():
         outputs = model(train[0])
         value = loss(outputs, train[1])
     if curvature == "hessian":
-        return Hessian(value, parameters)
-    return GaussNewton.of(value, outputs, parameters)
+        return value.detach(), Hessian(value, parameters)
+    return value.detach(), GaussNewton(value, outputs, parameters)
+
+
+def _check_mean(value: Tensor, losses: Tensor) -> None:
+    """Raise unless the loss of the batch is the mean of the losses of its samples."""
+    mean, scale = float(losses.mean()), float(losses.abs().mean())
+    if not abs(float(value) - mean) <= MEAN_TOLERANCE * scale:
+        raise ValueError(
+            f"loss must be the mean over the samples of a batch, got {float(value):.6g} for the training set,"
+            f" of which the mean over the samples is {mean:.6g}; use reduction='mean', without class weights."
+        )
 
 
 def _solve(operator: LinearOperator, b: Tensor) -> SolveResult:
@@ -144,18 +169,18 @@ def _sample_gradients(
     data: tuple[Tensor, Tensor],
     parameters: dict[str, nn.Parameter],
     chunk_size: int = 256,
-) -> Iterator[Tensor]:
-    """Gradient of the loss of each sample, flat, in chunks of shape (k, n)."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients of the losses of samples, flat, in chunks of shape (k, n); and the losses, (k,)."""
     point = {name: p.detach() for name, p in parameters.items()}
 
     def loss_of_sample(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         output = torch.func.functional_call(model, values, (x.unsqueeze(0),))
         return loss(output, y.unsqueeze(0)).squeeze()
 
-    gradient = torch.vmap(torch.func.grad(loss_of_sample), in_dims=(None, 0, 0))
+    gradient = torch.vmap(torch.func.grad_and_value(loss_of_sample), in_dims=(None, 0, 0))
     for x, y in zip(data[0].split(chunk_size), data[1].split(chunk_size), strict=True):
-        grads = gradient(point, x, y)
-        yield flatten_rows([grads[name] for name in parameters])
+        grads, losses = gradient(point, x, y)
+        yield flatten_rows([grads[name] for name in parameters]), losses
 
 
 def _check_options(l2: float, damping: float, curvature: str, solver: str) -> None:

@@ -70,7 +70,9 @@ class LinearOperator(ABC):
             basis = torch.zeros(n, stop - start, dtype=self.dtype, device=self.device)
             basis.diagonal(-start).fill_(1)
             columns.append(self @ basis)
-        return torch.cat(columns, dim=1) if columns else torch.zeros(0, 0, dtype=self.dtype)
+        return (
+            torch.cat(columns, dim=1) if columns else torch.zeros(0, 0, dtype=self.dtype, device=self.device)
+        )
 
     def __add__(self, other: LinearOperator | Tensor | float) -> LinearOperator:
         if isinstance(other, LinearOperator):
@@ -98,8 +100,10 @@ class LinearOperator(ABC):
 
 class _Sum(LinearOperator):
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
-        if first.shape != second.shape:
-            raise ValueError(f"A and B must have one shape, got {first.shape} and {second.shape}.")
+        for name in ("shape", "dtype", "device"):
+            ours, theirs = getattr(first, name), getattr(second, name)
+            if ours != theirs:
+                raise ValueError(f"A and B must have one {name}, got {ours} and {theirs}.")
         super().__init__(first.shape[0], first.dtype, first.device)
         self._first, self._second = first, second
 

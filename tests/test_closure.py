@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import zoo
 
 from optim.closure.evaluate import ClosureEvaluator, trial
-from secondorder import GaussNewton
+from secondorder import GaussNewton, Hessian
 from secondorder.flat import flatten
 
 TOLERANCE = dict(rtol=1e-12, atol=1e-12)
@@ -49,7 +49,7 @@ def test_record_finds_gradient_and_gauss_newton(network_case, kind):
     torch.testing.assert_close(flatten([p.grad for p in parameters]), flatten(expected), **TOLERANCE)
     assert not evaluation.loss.requires_grad
     assert evaluation.value == pytest.approx(3 * network_case.value().item(), rel=1e-15)
-    dense = GaussNewton(evaluation.coverage.blocks, parameters).dense()
+    dense = GaussNewton.of_blocks(evaluation.coverage.blocks, parameters).dense()
     torch.testing.assert_close(dense, 3 * oracles.dense_gauss_newton(network_case), **TOLERANCE)
 
 
@@ -93,7 +93,7 @@ def test_known_losses(name):
     case = case_with(*LOSSES[name])
     evaluation = evaluator(case, closures(case)["backward"]).record()
     assert evaluation.coverage.blocks, evaluation.coverage.description
-    dense = GaussNewton(evaluation.coverage.blocks, list(case.model.parameters())).dense()
+    dense = GaussNewton.of_blocks(evaluation.coverage.blocks, list(case.model.parameters())).dense()
     torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
 
 
@@ -134,7 +134,7 @@ def test_several_backward_calls_add_up():
 
     evaluation = evaluator(case, closure).record()
     assert evaluation.value == pytest.approx(case.value().item(), rel=1e-14)
-    dense = GaussNewton(evaluation.coverage.blocks, list(case.model.parameters())).dense()
+    dense = GaussNewton.of_blocks(evaluation.coverage.blocks, list(case.model.parameters())).dense()
     torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
 
 
@@ -149,7 +149,7 @@ def test_backward_with_a_gradient_and_through_the_function():
         return losses.detach() @ weights
 
     weighted = case._replace(loss=lambda z, t: F.cross_entropy(z, t, reduction="none") @ weights)
-    dense = GaussNewton(
+    dense = GaussNewton.of_blocks(
         evaluator(case, closure).record().coverage.blocks, list(case.model.parameters())
     ).dense()
     torch.testing.assert_close(dense, oracles.dense_gauss_newton(weighted), **TOLERANCE)
@@ -265,10 +265,13 @@ def test_bad_closures_leave_everything_as_it_was(name):
 
     def dirty():
         case.model.zero_grad(set_to_none=False)
+        torch.rand(3)
         return closure(case)
 
-    with pytest.raises(error, match=text):
-        evaluator(case, dirty).record()
+    run, state = evaluator(case, dirty), torch.get_rng_state()
+    with pytest.raises(error, match=text), run.restored_on_error():
+        run.record()
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is g and torch.equal(g, c) for p, g, c in zip(parameters, grads, copies, strict=True))
     assert all(map(torch.equal, parameters, before))
 
@@ -323,3 +326,153 @@ def test_buffers_are_restored_when_a_trial_raises():
     with pytest.raises(KeyboardInterrupt):
         run.value()
     assert all(map(torch.equal, case.model.buffers(), buffers))
+
+
+def l2(case):
+    return sum(p.square().sum() for p in case.model.parameters())
+
+
+def hidden_paths(case):
+    """Objectives in which a known loss is only a part: each once passed as the whole."""
+    z, t = case.outputs(), case.targets
+    w = case.model[0].weight
+    return {
+        "penalty_on_outputs": F.cross_entropy(z, t) + 0.5 * z.square().mean(),
+        "logsumexp": F.cross_entropy(z, t) + z.logsumexp(1).square().mean(),
+        "loss_between_outputs": F.cross_entropy(z, t) + F.mse_loss(z[:3], z[3:6]),
+        "loss_of_a_parameter": F.cross_entropy(z, t) + F.mse_loss(w, 0 * w.detach()) + 5 * (w**4).sum(),
+        "soft_target_of_itself": F.cross_entropy(z, z.softmax(1)),
+        "negative_class_weight": F.cross_entropy(z, t, weight=torch.tensor([1.0, -3, 1], dtype=z.dtype)),
+    }
+
+
+HIDDEN = [
+    "penalty_on_outputs",
+    "logsumexp",
+    "loss_between_outputs",
+    "loss_of_a_parameter",
+    "soft_target_of_itself",
+    "negative_class_weight",
+]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_part_is_not_taken_for_the_whole(name):
+    case = zoo.network("mlp_cross_entropy")
+    assert evaluator(case, lambda: hidden_paths(case)[name]).record().coverage.blocks == ()
+
+
+def test_two_losses_of_the_same_outputs():
+    case = zoo.network("mlp_cross_entropy")
+    loss = case._replace(loss=lambda z, t: F.cross_entropy(z, t) + F.mse_loss(z, torch.ones_like(z)))
+    blocks = evaluator(loss, loss.value).record().coverage.blocks
+    dense = GaussNewton.of_blocks(blocks, list(case.model.parameters())).dense()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(loss), **TOLERANCE)
+
+
+def test_a_loss_added_to_in_place():
+    case = zoo.network("mlp_mse")
+
+    def total(z, t):
+        loss = F.mse_loss(z, t)
+        loss += 2 * F.huber_loss(z, t)
+        return loss
+
+    case = case._replace(loss=total)
+    blocks = evaluator(case, case.value).record().coverage.blocks
+    dense = GaussNewton.of_blocks(blocks, list(case.model.parameters())).dense()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_backward_that_was_thrown_away_does_not_count(set_to_none):
+    case = zoo.network("mlp_mse")
+
+    def closure():
+        case.model.zero_grad(set_to_none)
+        (100 * case.value()).backward()
+        case.model.zero_grad(set_to_none)
+        loss = case.value()
+        loss.backward()
+        return loss
+
+    evaluation = evaluator(case, closure).record()
+    dense = GaussNewton.of_blocks(evaluation.coverage.blocks, list(case.model.parameters())).dense()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
+
+
+def test_explicit_outputs_that_do_not_carry_the_whole_loss():
+    case = zoo.network("mlp_mse")
+    outputs = case.outputs()
+    coverage = (
+        evaluator(case, lambda: (case.loss(outputs, case.targets) + l2(case), outputs)).record().coverage
+    )
+    assert not coverage.is_whole
+    assert "past the outputs" in coverage.description
+    hidden = case.model[:2](case.inputs)
+    outputs = case.model[2](hidden)
+    with pytest.raises(RuntimeError, match=r"must not depend on one another, but outputs\[1\] does"):
+        evaluator(case, lambda: (case.loss(outputs, case.targets), (hidden, outputs))).record()
+
+
+def test_reentrant_checkpoint_is_refused():
+    case = zoo.network("mlp_mse")
+    inputs = case.inputs.clone().requires_grad_()
+
+    def closure(reentrant):
+        z = torch.utils.checkpoint.checkpoint(case.model, inputs, use_reentrant=reentrant)
+        return case.loss(z, case.targets) + case.value()
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        evaluator(case, lambda: closure(True)).record()
+    assert evaluator(case, lambda: closure(False)).record().coverage.blocks
+
+
+def test_a_closure_may_read_its_gradients_in_a_trial():
+    case = zoo.network("mlp_mse")
+    parameters = list(case.model.parameters())
+
+    def closure():
+        case.model.zero_grad()
+        loss = case.value()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+        assert norm > 0
+        return loss + 0 * sum(p.grad.norm() for p in parameters)
+
+    run = evaluator(case, closure)
+    evaluation = run.record()
+    assert run.value() == evaluation.value
+    assert float(flatten([p.grad for p in parameters]).norm()) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_no_grad_blocks_and_transforms_inside_a_closure_that_differentiates():
+    model = zoo.network("mlp_mse").model
+    points = torch.linspace(0, 1, 20, dtype=torch.float64).view(5, 4).requires_grad_()
+
+    def by_autograd():
+        with torch.no_grad():
+            scale = points.abs().max()
+        (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+        return F.mse_loss(slope * scale, torch.ones_like(slope))
+
+    def by_transform():
+        slope = torch.vmap(torch.func.grad(lambda x: model(x).sum()))(points)
+        return F.mse_loss(slope, torch.ones_like(slope))
+
+    for closure in (by_autograd, by_transform):
+        run = ClosureEvaluator(closure, list(model.parameters()))
+        assert run.record().value == pytest.approx(run.value(), rel=1e-14)
+
+
+def test_attention_is_recorded_with_the_math_kernel():
+    """The default kernels have no second derivative on CPU."""
+    q = torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True)
+
+    def closure():
+        return F.mse_loss(F.scaled_dot_product_attention(q, q, q), torch.ones_like(q))
+
+    evaluation = ClosureEvaluator(closure, [q]).record()
+    dense = Hessian(evaluation.objective, [q]).dense()
+    assert dense.abs().max() > 0
+    torch.testing.assert_close(dense, dense.T, **TOLERANCE)

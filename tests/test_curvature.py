@@ -23,7 +23,7 @@ def hessian_of(case):
 
 def gauss_newton_of(case):
     outputs = case.outputs()
-    return GaussNewton.of(case.loss(outputs, case.targets), outputs, parameters_of(case))
+    return GaussNewton(case.loss(outputs, case.targets), outputs, parameters_of(case))
 
 
 def test_hessian_equals_dense(network_case):
@@ -67,7 +67,7 @@ def test_gauss_newton_of_a_linear_model_is_the_hessian():
     loss = F.cross_entropy(outputs, torch.tensor([0, 1, 1, 0, 1, 0, 0]))
     parameters = list(model.parameters())
     torch.testing.assert_close(
-        GaussNewton.of(loss, outputs, parameters).dense(), Hessian(loss, parameters).dense(), **TOLERANCE
+        GaussNewton(loss, outputs, parameters).dense(), Hessian(loss, parameters).dense(), **TOLERANCE
     )
 
 
@@ -78,7 +78,7 @@ def test_several_outputs_that_a_loss_couples():
     outputs = torch.stack([a, b]).detach()
     H = torch.autograd.functional.hessian(lambda z: (z[0] * z[1] - 1) ** 2, outputs)
     J = torch.autograd.functional.jacobian(lambda w: torch.stack([w[0].exp(), w.square().sum()]), w.detach())
-    torch.testing.assert_close(GaussNewton.of(loss, (a, b), [w]).dense(), J.T @ H @ J, **TOLERANCE)
+    torch.testing.assert_close(GaussNewton(loss, (a, b), [w]).dense(), J.T @ H @ J, **TOLERANCE)
 
 
 def test_weighted_blocks_add_up():
@@ -87,7 +87,7 @@ def test_weighted_blocks_add_up():
     first, second = F.mse_loss(outputs, case.targets), F.huber_loss(outputs, case.targets)
     weights = torch.tensor([2.0, 0.5], dtype=torch.float64)
     blocks = [Block(first, (outputs,), weights[0]), Block(second, (outputs,), weights[1])]
-    operator = GaussNewton(blocks, parameters_of(case))
+    operator = GaussNewton.of_blocks(blocks, parameters_of(case))
     case = case._replace(loss=lambda z, t: 2 * F.mse_loss(z, t) + 0.5 * F.huber_loss(z, t))
     torch.testing.assert_close(operator.dense(), oracles.dense_gauss_newton(case), **TOLERANCE)
 
@@ -99,7 +99,7 @@ def test_parameters_without_influence_have_zero_blocks():
     expected = torch.diag(torch.tensor([0.0, 0, 0, 6, 6, 0]))
     torch.testing.assert_close(operator.dense(), expected)
     outputs = used.square()
-    operator = GaussNewton.of(outputs.square().sum(), outputs, [unused, used])
+    operator = GaussNewton(outputs.square().sum(), outputs, [unused, used])
     torch.testing.assert_close(operator.dense(), torch.diag(torch.tensor([0.0, 0, 0, 8, 8])))
 
 
@@ -108,8 +108,8 @@ def test_linear_loss_has_no_curvature():
     assert torch.equal(Hessian(w.sum(), [w]) @ torch.ones(2), torch.zeros(2))
     assert torch.equal(Hessian(w.sum(), [w]) @ torch.ones(2, 3), torch.zeros(2, 3))
     outputs = w.square()
-    assert torch.equal(GaussNewton.of(outputs.sum(), outputs, [w]) @ torch.ones(2), torch.zeros(2))
-    assert torch.equal(GaussNewton.of(outputs.sum(), outputs, [w]) @ torch.ones(2, 3), torch.zeros(2, 3))
+    assert torch.equal(GaussNewton(outputs.sum(), outputs, [w]) @ torch.ones(2), torch.zeros(2))
+    assert torch.equal(GaussNewton(outputs.sum(), outputs, [w]) @ torch.ones(2, 3), torch.zeros(2, 3))
 
 
 def test_float32_is_close_to_float64(network_case):
@@ -122,6 +122,13 @@ def test_float32_is_close_to_float64(network_case):
         else network_case.targets,
     )
     torch.testing.assert_close(hessian_of(single).dense().double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_may_be_a_generator(network_case):
+    operator = Hessian(network_case.value(), network_case.model.parameters())
+    assert operator.gradient.shape == (operator.shape[0],)
+    with pytest.raises(TypeError, match=r"parameters\[0\] must be a tensor, got str"):
+        Hessian(network_case.value(), ["weight"])
 
 
 def test_bad_input():
@@ -137,8 +144,8 @@ def test_bad_input():
     with pytest.raises(ValueError, match="share dtype and device"):
         Hessian(w.sum(), [w, torch.ones(1, dtype=torch.float64, requires_grad=True)])
     with pytest.raises(ValueError, match="loss must depend on outputs"):
-        GaussNewton.of(w.sum(), w * 2, [w])
+        GaussNewton(w.sum(), w * 2, [w])
     with pytest.raises(ValueError, match="loss and outputs must carry a graph"):
-        GaussNewton.of(w.sum(), w.detach(), [w])
+        GaussNewton(w.sum(), w.detach(), [w])
     with pytest.raises(ValueError, match="at least one loss"):
-        GaussNewton([], [w])
+        GaussNewton.of_blocks([], [w])

@@ -74,7 +74,9 @@ def test_public_name_is_documented(package, name):
 
 def test_digits_example(tmp_path, capsys):
     main = runpy.run_path(str(ROOT / "examples" / "digits.py"))["main"]
+    threads = torch.get_num_threads()
     runs = main(["--seconds", "0.3", "--plot", str(tmp_path / "digits.png")])
+    torch.set_num_threads(threads)
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     assert {run.name.split()[0] for run in runs} == {
         "hessian-free",

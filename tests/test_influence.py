@@ -162,3 +162,16 @@ def test_bad_input(fitted):
     frozen = torch.nn.Linear(8, 2).double().requires_grad_(False)
     with pytest.raises(ValueError, match="model must have a parameter that requires gradients"):
         call(model=frozen)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        partial(F.cross_entropy, reduction="sum"),
+        partial(F.cross_entropy, weight=torch.tensor([1.0, 3.0]).double()),
+    ],
+    ids=["sum", "class_weights"],
+)
+def test_a_loss_that_is_not_a_mean_is_refused(fitted, loss):
+    with pytest.raises(ValueError, match="loss must be the mean over the samples"):
+        secondorder.influence(fitted[0], loss, *fitted[1:], l2=L2)

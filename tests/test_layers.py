@@ -24,6 +24,7 @@ ORDER = [
     "optim._options",
     "optim._control",
     "optim.closure",
+    "optim._judge",
     "optim._base",
     "optim.newton",
     "optim.hessian_free",

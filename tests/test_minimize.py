@@ -93,7 +93,7 @@ def test_repr_is_readable():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "text"),
     [
-        ((lambda x: x.sum(), [1.0]), {}, TypeError, "x0 must be a floating-point tensor, got list"),
+        ((lambda x: x.sum(), [1.0]), {}, TypeError, "x0 must be a tensor of float64 or float32, got list"),
         ((lambda x: x.sum(), torch.ones(2).long()), {}, TypeError, "got torch.int64"),
         ((lambda x: x, torch.ones(2)), {}, ValueError, r"single element, got shape \(2,\)"),
         ((lambda x: 1.0, torch.ones(2)), {}, TypeError, "fun must return a tensor, got float"),
@@ -112,3 +112,31 @@ def test_repr_is_readable():
 def test_bad_input(arguments, options, error, text):
     with pytest.raises(error, match=text):
         optim.minimize(*arguments, **options)
+
+
+@pytest.mark.parametrize("method", ["newton", "newton-cg"])
+def test_nan_is_never_called_converged(method):
+    with pytest.raises(ValueError, match="gradient of fun at x0 must be finite"):
+        optim.minimize(lambda x: x.square().sum() + (0 * x).sqrt().sum(), torch.ones(2), method=method)
+    result = optim.minimize(lambda x: x.abs().pow(1.5).sum(), torch.tensor([0.0, 1.0]), method=method)
+    assert result.status == "non_finite"
+
+
+def test_unbounded_functions_end():
+    x0 = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    assert optim.minimize(lambda x: -x.square().sum(), x0).status == "unbounded"
+    assert optim.minimize(lambda x: x.sum(), x0).status == "unbounded"
+
+
+def test_a_constant_branch_is_not_entered():
+    def fun(x):
+        return (x - 3).square().sum() if x.sum() < 5 else torch.zeros(())
+
+    result = optim.minimize(fun, torch.zeros(2), max_iter=20)
+    assert result.fun < 18.0
+
+
+def test_callback_sees_a_running_state():
+    seen = []
+    optim.minimize(zoo.PROBLEMS[0].func, zoo.PROBLEMS[0].x0(), callback=lambda s: seen.append(s.status))
+    assert set(seen) == {"running"}

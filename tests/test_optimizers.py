@@ -11,6 +11,9 @@ import zoo
 
 import optim
 from optim._base import SecondOrderOptimizer
+from optim._judge import Counter, Judge, Proposal, QuadraticModel
+from optim.hessian_free import RelativeProgress
+from secondorder import SolveResult, cg
 
 OPTIMIZERS = {
     "newton": optim.Newton,
@@ -302,7 +305,10 @@ def test_report_says_what_was_used():
     assert optimizer.report.curvature == "gauss-newton (cross_entropy)"
     # One gradient, one with a graph, a third for each trial, 4/3 for each product.
     products = optimizer.report.iterations + 1
-    assert optimizer.report.gradient_equivalents == pytest.approx(2 + products * 4 / 3 + 1 / 3, abs=2)
+    fixed = 2 + products * 4 / 3
+    evaluations = (optimizer.report.gradient_equivalents - fixed) * 3
+    assert evaluations == pytest.approx(round(evaluations))
+    assert 1 <= round(evaluations) <= 5
     optimizer = optim.GaussNewton(case.model.parameters())
     outputs = case.outputs()
     optimizer.step(lambda: (case.loss(outputs, case.targets), outputs))
@@ -337,8 +343,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("option", "text"),
         [
-            ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
-            ({"lr": -1.0}, "lr must be a positive number"),
+            ({"lr": -1.0}, "lr must be a non-negative number, got -1.0"),
+            ({"lr": math.nan}, "lr must be a non-negative number, got nan"),
             ({"max_trials": 0}, "max_trials must be a positive integer, got 0"),
             ({"max_iter": 2.5}, "max_iter must be a positive integer, got 2.5"),
         ],
@@ -368,3 +374,142 @@ def test_base_class_is_the_torch_one():
     assert issubclass(SecondOrderOptimizer, torch.optim.Optimizer)
     optimizer = optim.Newton([torch.ones(2, requires_grad=True)])
     assert "radius: 1.0" in repr(optimizer)
+
+
+def test_lr_zero_moves_and_adapts_nothing(make):
+    """A warm-up starts there, and a cosine schedule ends there."""
+    case = zoo.network("mlp_mse")
+    optimizer = make(case.model.parameters())
+    before = [p.detach().clone() for p in case.model.parameters()]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    optimizer.step(closure_of(case, optimizer))
+    assert optimizer.report.status == "zero_lr"
+    assert all(map(torch.equal, case.model.parameters(), before))
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == options
+    scheduler.step()
+    optimizer.step(closure_of(case, optimizer))
+    assert optimizer.report.accepted
+
+
+def test_the_radius_grows_with_any_lr():
+    """It is compared with the solution of the model, not with the step that lr makes of it."""
+    x = torch.full((2,), 100.0, dtype=torch.float64, requires_grad=True)
+    optimizer = optim.Newton([x], lr=0.5, radius=1e-2)
+    for _ in range(60):
+        optimizer.step(lambda: x.square().sum())
+    assert x.detach().abs().max() < 1e-3
+
+
+def test_different_lr_in_groups_does_not_ruin_the_control(make):
+    case = zoo.network("mlp_mse")
+    layers = [{"params": case.model[0].parameters(), "lr": 0.1}, {"params": case.model[2].parameters()}]
+    optimizer = make(layers)
+    first = case.value().item()
+    for _ in range(30):
+        optimizer.step(closure_of(case, optimizer))
+        assert optimizer.report.accepted
+        assert math.isfinite(optimizer.report.rho)
+    assert case.value().item() < 0.2 * first
+
+
+def test_a_hessian_that_is_not_finite_is_reported():
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    for solver in ("direct", "cg"):
+        optimizer = optim.Newton([x], solver=solver)
+        for _ in range(30):
+            optimizer.step(lambda: x.abs().pow(1.5).sum())
+        assert optimizer.report.status == "non_finite"
+        assert not optimizer.report.accepted
+        assert optimizer.param_groups[0]["radius"] > 0
+    assert x.tolist() == [0.0, 1.0]
+
+
+def test_joint_options_cannot_differ_between_groups(make):
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    with pytest.raises(ValueError, match=r"max_trials must be the same in all parameter groups.*got 3 and 4"):
+        make([{"params": [a], "max_trials": 3}, {"params": [b], "max_trials": 4}])
+    with pytest.raises(ValueError, match="lr must be a non-negative number, got -1"):
+        make([{"params": [a]}, {"params": [b], "lr": -1}])
+    optimizer = make([{"params": [a], "max_trials": 3}])
+    optimizer.add_param_group({"params": [b]})
+    assert optimizer.param_groups[1]["max_trials"] == 3
+
+
+def test_errors_after_the_closure_ran_restore_gradients():
+    case = zoo.network("mlp_mse")
+    for parameter in case.model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    optimizer = optim.GaussNewton(case.model.parameters(), strict=True)
+    with pytest.raises(RuntimeError):
+        optimizer.step(lambda: case.value() + sum(p.square().sum() for p in case.model.parameters()))
+    assert all(bool((p.grad == 7).all()) for p in case.model.parameters())
+
+
+def test_unsupported_parameters(make):
+    with pytest.raises(TypeError, match=r"needs real parameters, got torch\.complex64"):
+        make([torch.ones(2, dtype=torch.complex64, requires_grad=True)]).step(lambda: None)
+    mixed = [torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.float64, requires_grad=True)]
+    with pytest.raises(ValueError, match=r"one dtype on one device, got torch\.float32 on cpu"):
+        make(mixed).step(lambda: None)
+    embedding = torch.nn.Embedding(3, 2, sparse=True)
+    with pytest.raises(RuntimeError, match="got a sparse one; use sparse=False in the embedding"):
+        make(embedding.parameters()).step(lambda: embedding(torch.tensor([1])).square().sum())
+
+
+def test_warning_points_at_the_line_that_called_step():
+    x = torch.ones(2, requires_grad=True)
+    optimizer = optim.HessianFree([x])
+    with pytest.warns(UserWarning, match="found no Gauss-Newton matrix") as caught:
+        optimizer.step(lambda: x.square().sum())
+    assert caught[0].filename == __file__
+
+
+class TestHessianFreeRecipe:
+    """Martens' choices, each seen to be at work."""
+
+    def test_starts_from_the_decayed_last_solution(self, monkeypatch):
+        starts = []
+
+        def spy(A, b, **options):
+            starts.append(options["x0"])
+            return cg(A, b, **options)
+
+        monkeypatch.setattr("optim.hessian_free.cg", spy)
+        case = zoo.network("mlp_cross_entropy")
+        optimizer = optim.HessianFree(case.model.parameters(), decay=0.5)
+        for _ in range(2):
+            optimizer.step(closure_of(case, optimizer))
+        solution = torch.cat([optimizer.state[p]["cg_solution"].reshape(-1) for p in case.model.parameters()])
+        assert starts[0] is None
+        assert starts[1].shape == solution.shape
+        assert starts[1].norm() > 0
+
+    def test_stops_when_progress_is_small(self):
+        A, b = zoo.spd_matrix(200, 1e6, 1), zoo.vector(200, 2)
+        stop = RelativeProgress(5e-4)
+        result = cg(A, b, rtol=1e-12, callback=stop)
+        assert result.status == "stopped"
+        models = []
+        cg(A, b, rtol=1e-12, max_iter=result.iterations, callback=lambda s: models.append(s.model))
+        k = max(10, result.iterations // 10)
+        assert (models[-1] - models[-1 - k]) / models[-1] < k * 5e-4
+        # One iteration earlier the rule did not hold.
+        k = max(10, (result.iterations - 1) // 10)
+        assert (models[-2] - models[-2 - k]) / models[-2] >= k * 5e-4
+        assert len(stop.kept) == len(
+            {math.ceil(1.3**j) for j in range(99)} & set(range(1, result.iterations + 1))
+        )
+
+    def test_falls_back_on_an_earlier_iterate(self):
+        """The loss turns up before the model does: the full solution is worse than an earlier iterate."""
+        trials = []
+        judge = Judge.__new__(Judge)
+        x = [torch.tensor([float(i)]) for i in (1, 2, 3)]
+        judge._model = QuadraticModel(1.0, torch.tensor([-1.0]), None)
+        judge._counter = Counter()
+        judge._value_at = lambda step: trials.append(float(step)) or (float(step) - 2.0) ** 2 / 10
+        result = SolveResult(x[2], "stopped", 3, 0.0, 0.1, 3)
+        taken = judge.try_out(Proposal(result, tuple(x[:2]), line_search=True), 1.0)
+        assert float(taken.step) == 2.0
+        assert trials == [3.0, 2.0, 1.0]

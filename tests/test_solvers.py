@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from secondorder import FunctionOperator
 from secondorder.solvers import STATUS_TEXT, cg, direct, spectrum, steihaug, trust_region
+from secondorder.solvers.cg import ConjugateDirections
 
 SIZES, SEEDS = st.integers(1, 20), st.integers(0, 2**16)
 
@@ -260,3 +261,35 @@ def test_options_out_of_range():
 def test_every_status_has_a_message(spd_system):
     assert cg(*spd_system).message == STATUS_TEXT["converged"]
     assert "status='converged'" in repr(cg(*spd_system))
+
+
+@pytest.mark.parametrize(
+    "solver", [direct, lambda A, b: trust_region(A, b, 1.0), cg], ids=["direct", "tr", "cg"]
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_right_hand_side_that_is_not_finite(solver, bad):
+    assert solver(torch.eye(2), torch.tensor([bad, 1.0])).status == "non_finite"
+
+
+def test_cg_goes_on_from_the_true_residual_until_it_agrees():
+    """In single precision the recursive residual claims convergence too early."""
+    A, b = zoo.spd_matrix(100, 1e3, 3).float(), zoo.vector(100, 4).float()
+    first, seen = ConjugateDirections(A, b, None, None), []
+    while first.residual_norm > 1e-6 * float(b.norm()):
+        first.curvature()
+        first.advance()
+    claimed = first.iteration
+    assert first.measure()[0] > 1e-6 * float(b.norm())
+    result = cg(A, b, rtol=1e-6, callback=seen.append)
+    assert result.iterations > claimed
+    assert result.residual_norm < first.measure()[0]
+    assert (result.status == "converged") == (result.residual_norm <= 1e-6 * float(b.norm()))
+
+
+def test_steihaug_does_not_claim_what_it_has_not_reached():
+    A, b = zoo.spd_matrix(100, 1e4, 3).float(), zoo.vector(100, 4).float()
+    result = steihaug(A, b, 1e6, rtol=1e-5, max_iter=2000)
+    true = float((b - A @ result.x).norm())
+    assert result.residual_norm == pytest.approx(true, rel=1e-3)
+    assert (result.status == "converged") == (true <= 1e-5 * float(b.norm()))
+    assert result.status == "stagnated"

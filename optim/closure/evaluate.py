@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optim.closure.losses import Coverage, cover
+from optim.closure.losses import Coverage, cover, explicit, refuse_reentrant_checkpoint
 from optim.closure.modes import Record, Value, WriteGuard
-from secondorder import Block
 from secondorder.flat import flatten, unflatten
 
 Closure = Callable[[], Any]
@@ -56,17 +55,32 @@ class ClosureEvaluator:
         self._random = _RandomState(self._parameters)
         self._differentiates = False
 
+    @contextlib.contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """After an exception ``.grad``, values included, and the random state are what they were."""
+        self._random.save()
+        grads = [parameter.grad for parameter in self._parameters]
+        copies = [None if grad is None else grad.detach().clone() for grad in grads]
+        try:
+            yield
+        except BaseException:
+            self._random.restore()
+            for parameter, grad, copy in zip(self._parameters, grads, copies, strict=True):
+                parameter.grad = grad
+                if grad is not None and copy is not None:
+                    grad.detach().copy_(copy)
+            raise
+
     def record(self) -> Evaluation:
         """Run for real; ``.grad`` is then the gradient at this point.
 
         Raises:
             TypeError: the closure returns neither a loss nor ``(loss, outputs)``.
-            RuntimeError: the loss is not a finite scalar with a path to the parameters. ``.grad`` is then as
-                it was before.
+            RuntimeError: the loss is not a finite scalar with a path to the parameters.
         """
         self._random.save()
-        with _restore_grads_on_error(self._parameters), torch.enable_grad():
-            mode = Record()
+        mode = Record(self._parameters)
+        with torch.enable_grad():
             with sdpa_kernel(SDPBackend.MATH), mode:
                 returned = self._closure()
             self._differentiates = mode.differentiates
@@ -76,6 +90,7 @@ class ClosureEvaluator:
             if not roots:
                 roots, root_gradients = _root_of(loss)
                 self._fill_grads(roots[0])
+            refuse_reentrant_checkpoint(roots)
             gradient = self._gradient()
             if not bool(gradient.isfinite().all()):
                 raise RuntimeError(
@@ -85,7 +100,7 @@ class ClosureEvaluator:
             terms = [(root * weight).sum() for root, weight in zip(roots, root_gradients, strict=True)]
             objective = sum(terms[1:], start=terms[0])
             if outputs:
-                coverage = _explicit(objective, outputs)
+                coverage = explicit(objective, outputs, self._parameters)
             else:
                 coverage = cover(mode.log.losses, roots, root_gradients, self._parameters)
         returned_loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
@@ -93,13 +108,15 @@ class ClosureEvaluator:
 
     def value(self) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors."""
+        gradients = {parameter: parameter.grad for parameter in self._parameters}
         with _grads_put_aside(self._parameters), WriteGuard() as guard:
-            return _number(self._replay(Value(guard), gradients=self._differentiates))
+            mode = Value(guard, gradients, self._differentiates)
+            return _number(self._replay(mode, gradients=self._differentiates))
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
         with _grads_put_aside(self._parameters), WriteGuard() as guard:
-            mode = Record(guard)
+            mode = Record(self._parameters, guard)
             loss = self._replay(mode, gradients=True)
             if not mode.roots:
                 self._fill_grads(_root_of(loss)[0][0])
@@ -126,6 +143,10 @@ class ClosureEvaluator:
             raise RuntimeError(
                 "the loss must depend on at least one parameter of the optimizer, but no parameter received a"
                 " gradient; pass the parameters of the model that the closure evaluates."
+            )
+        if any(grad is not None and grad.layout is not torch.strided for grad in grads):
+            raise RuntimeError(
+                "gradients must be dense, got a sparse one; use sparse=False in the embedding."
             )
         return flatten(
             [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, grads, strict=True)]
@@ -158,6 +179,10 @@ class _RandomState:
 
     def save(self) -> None:
         self._saved = self._read()
+
+    def restore(self) -> None:
+        """Put the saved state back."""
+        self._write(self._saved)
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
@@ -192,21 +217,6 @@ def _grads_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-
-
-@contextlib.contextmanager
-def _restore_grads_on_error(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """After an exception ``.grad`` is what it was, values included."""
-    grads = [parameter.grad for parameter in parameters]
-    copies = [None if grad is None else grad.detach().clone() for grad in grads]
-    try:
-        yield
-    except BaseException:
-        for parameter, grad, copy in zip(parameters, grads, copies, strict=True):
-            parameter.grad = grad
-            if grad is not None and copy is not None:
-                grad.detach().copy_(copy)
-        raise
 
 
 def _split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
@@ -257,14 +267,3 @@ def _root_of(loss: Any) -> tuple[list[Tensor], list[Tensor]]:
             " remove detach(), item() or no_grad() from it."
         )
     return [loss], [torch.ones_like(loss)]
-
-
-def _explicit(objective: Tensor, outputs: Sequence[Tensor]) -> Coverage:
-    """The single block, or blocks, that the user named: no discovery, no proof."""
-    for output in outputs:
-        if not output.requires_grad:
-            raise RuntimeError(
-                "outputs must carry a graph from the parameters, got a detached tensor;"
-                " return the tensor that the loss was computed from."
-            )
-    return Coverage((Block(objective, tuple(outputs), torch.ones_like(objective)),), "explicit outputs")

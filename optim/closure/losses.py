@@ -8,6 +8,7 @@ silently zero.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,12 +44,19 @@ _SQUASHING: dict[Callable[..., Any], str] = {
 }
 
 
+# Tensors among their arguments that must be constants, and the weights that must not be negative.
+_CONSTANTS = ("target", "weight", "pos_weight")
+_WEIGHTS = ("weight", "pos_weight")
+_SIGNATURES = {func: inspect.signature(func) for func in (*_CONVEX, *_FUSED)}
+
+
 class RecordedLoss(NamedTuple):
-    """A call of a known loss: its name, its value and the outputs it is convex in."""
+    """A call of a known loss: its name, its value, and the outputs it is convex in with their version."""
 
     name: str
     loss: Tensor
     outputs: Tensor
+    version: int
 
 
 class LossLog:
@@ -59,22 +67,37 @@ class LossLog:
         # Keyed by id; the value keeps the tensor alive, so that its id stays its own.
         self._squashed: dict[int, tuple[str, Tensor, Tensor]] = {}
 
-    def see(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        """Note a call if it is one that matters."""
+    def see(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
+        """Note a call if it is one that matters; returns what the closure should see as its result."""
         if not (func in _CONVEX or func in _FUSED or func in _SQUASHING):
-            return
+            return result
         argument = args[0] if args else kwargs.get("input")
         if not (isinstance(result, Tensor) and result.requires_grad and isinstance(argument, Tensor)):
-            return
+            return result
         if func in _SQUASHING:
             self._squashed[id(result)] = (_SQUASHING[func], result, argument)
-        elif func in _CONVEX:
-            self.losses.append(RecordedLoss(_CONVEX[func], result, argument))
+            return result
+        if func in _CONVEX:
+            name, outputs = _CONVEX[func], argument
         else:
             needed, name = _FUSED[func]
             squashing, _, logits = self._squashed.get(id(argument), ("", None, None))
-            if squashing == needed and logits is not None:
-                self.losses.append(RecordedLoss(f"{needed} + {name}", result, logits))
+            if squashing != needed or logits is None:
+                return result
+            name, outputs = f"{needed} + {name}", logits
+        if not _is_convex(_SIGNATURES[func].bind(*args, **kwargs).arguments):
+            return result
+        self.losses.append(RecordedLoss(name, result, outputs, outputs._version))
+        # A copy, so that `loss += penalty` in the closure does not change what was noted.
+        return result.clone()
+
+
+def _is_convex(arguments: dict[str, Any]) -> bool:
+    """Whether targets and weights are constants, and weights not negative."""
+    tensors = {name: arguments[name] for name in _CONSTANTS if isinstance(arguments.get(name), Tensor)}
+    if any(tensor.requires_grad for tensor in tensors.values()):
+        return False
+    return all(bool((tensors[name] >= 0).all()) for name in _WEIGHTS if name in tensors)
 
 
 class Coverage(NamedTuple):
@@ -83,10 +106,12 @@ class Coverage(NamedTuple):
     Attributes:
         blocks: One for each known loss; empty when the losses do not cover the objective.
         description: Names of the losses, or the reason why they do not cover it.
+        is_whole: False when the user named outputs past which parameters enter the loss.
     """
 
     blocks: tuple[Block, ...]
     description: str
+    is_whole: bool = True
 
 
 def cover(
@@ -97,9 +122,9 @@ def cover(
 ) -> Coverage:
     """The Gauss-Newton blocks of ``sum_i root_gradients_i . roots_i``, proved to be all of it.
 
-    The weight of a loss is the derivative of the objective with respect to it. The proof has two parts:
-    no parameter is reached from the roots without passing the outputs of a loss, and the objective is
-    linear in the losses.
+    The weight of a loss is the derivative of the objective with respect to it. The proof: no parameter is
+    reached from the roots without passing a loss, nor from a loss without passing its outputs, and the
+    objective is linear in the losses with weights that are not negative.
     """
     live = [recorded for recorded in losses if recorded.outputs.requires_grad]
     if not live:
@@ -114,35 +139,78 @@ def cover(
     used = [(r, w) for r, w in zip(live, weights, strict=True) if w is not None]
     if not used:
         return Coverage((), "the objective does not depend on a known loss")
-    uncovered = _parameters_past(roots, [recorded.outputs for recorded, _ in used], parameters)
-    if uncovered:
-        return Coverage((), f"{uncovered} of the parameters also enter the objective outside a known loss")
+    missed = reached(roots, [recorded.loss for recorded, _ in used], parameters)
+    for recorded, _ in used:
+        missed |= reached([recorded.loss], [recorded.outputs], parameters)
+    if missed:
+        return Coverage((), f"{len(missed)} of the parameters also enter the objective outside a known loss")
     if any(weight.requires_grad for _, weight in used):
         return Coverage((), "the objective is not linear in the known losses")
+    if any(recorded.outputs._version != recorded.version for recorded, _ in used):
+        return Coverage((), "the outputs were changed in place after the loss was computed")
     if not all(bool((weight >= 0).all()) for _, weight in used):
         return Coverage((), "a known loss enters the objective with a negative weight")
     names = dict.fromkeys(recorded.name for recorded, _ in used)
     return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names))
 
 
-def _parameters_past(roots: Sequence[Tensor], outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> int:
-    """How many parameters the graph of ``roots`` reaches without passing one of ``outputs``."""
-    stops = {_edge(tensor) for tensor in outputs}
-    wanted = {id(parameter) for parameter in parameters}
-    reached: set[int] = set()
-    seen = set(stops)
+def explicit(objective: Tensor, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Coverage:
+    """The single block of the outputs that the user named.
+
+    Raises:
+        RuntimeError: an output carries no graph, or depends on another output.
+    """
+    for index, output in enumerate(outputs):
+        if not output.requires_grad:
+            raise RuntimeError(
+                "outputs must carry a graph from the parameters, got a detached tensor;"
+                " return the tensor that the loss was computed from."
+            )
+        others = [other for other in outputs if other is not output]
+        if reached([output], [], others):
+            raise RuntimeError(
+                f"outputs must not depend on one another, but outputs[{index}] does;"
+                " return the last ones only."
+            )
+    missed = reached([objective], outputs, parameters)
+    past = f"; {len(missed)} of the parameters also enter the loss past the outputs" if missed else ""
+    block = Block(objective, tuple(outputs), torch.ones_like(objective))
+    return Coverage((block,), "explicit outputs" + past, is_whole=not missed)
+
+
+def reached(roots: Sequence[Tensor], stops: Sequence[Tensor], wanted: Sequence[Tensor]) -> set[int]:
+    """Positions of the ``wanted`` tensors that the graph of ``roots`` reaches without passing a stop."""
+    positions = {_edge(tensor): position for position, tensor in enumerate(wanted)}
+    seen = {_edge(tensor) for tensor in stops}
     stack = [edge for edge in map(_edge, roots) if edge not in seen]
+    found: set[int] = set()
     while stack:
         edge = stack.pop()
         if edge in seen:
             continue
         seen.add(edge)
-        node = edge[0]
-        variable = getattr(node, "variable", None)
-        if id(variable) in wanted:
-            reached.add(id(variable))
-        stack.extend(following for following in node.next_functions if following[0] is not None)
-    return len(reached)
+        if edge in positions:
+            found.add(positions[edge])
+        stack.extend(following for following in edge[0].next_functions if following[0] is not None)
+    return found
+
+
+def refuse_reentrant_checkpoint(roots: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where a reentrant checkpoint hides a part of the graph from second derivatives."""
+    stack = [root.grad_fn for root in roots]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "a reentrant checkpoint hides the graph from second derivatives; call"
+                " torch.utils.checkpoint.checkpoint with use_reentrant=False."
+            )
+        following = [edge[0] for edge in node.next_functions if edge[0] not in seen]
+        seen.update(following)
+        stack += following
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:

@@ -7,7 +7,7 @@ All three sit at ``__torch_function__``: every call that the closure makes of to
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,25 +51,28 @@ class Record(TorchFunctionMode):
         log: The known losses.
     """
 
-    def __init__(self, guard: WriteGuard | None = None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], guard: WriteGuard | None = None) -> None:
         super().__init__()
         self.roots: list[Tensor] = []
         self.root_gradients: list[Tensor] = []
         self.differentiates = False
         self.log = LossLog()
+        self._parameters = parameters
         self._guard = guard
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _BACKWARD:
             return self._backward(func, *args, **kwargs)
-        if func is torch.autograd.grad:
+        if func is torch.autograd.grad or any(_is_transformed(arg) for arg in args):
             self.differentiates = True
         result = func(*args, **kwargs) if self._guard is None else self._guard.call(func, args, kwargs)
-        self.log.see(func, args, kwargs, result)
-        return result
+        return self.log.see(func, args, kwargs, result)
 
     def _backward(self, func: Any, *args: Any, **kwargs: Any) -> None:
+        if self.roots and not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
+            # The closure threw away what earlier calls had accumulated.
+            self.roots, self.root_gradients = [], []
         call = _BACKWARD[func].bind(*args, **kwargs)
         call.arguments["retain_graph"] = True
         func(*call.args, **call.kwargs)
@@ -85,18 +88,34 @@ class Record(TorchFunctionMode):
 
 
 class Value(TorchFunctionMode):
-    """Swallows backward, and keeps gradients off where the closure turns them on."""
+    """Swallows backward, and keeps gradients off where the closure turns them on.
 
-    def __init__(self, guard: WriteGuard) -> None:
+    Args:
+        guard: Undoes writes.
+        gradients: For each parameter what ``.grad`` holds after a backward that was swallowed.
+        differentiates: The closure differentiates itself: gradients stay as it wants them.
+    """
+
+    def __init__(
+        self, guard: WriteGuard, gradients: dict[Tensor, Tensor | None], differentiates: bool
+    ) -> None:
         super().__init__()
         self._guard = guard
+        self._gradients = gradients
+        self._differentiates = differentiates
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _BACKWARD:
-            return None
-        if func is torch._C._set_grad_enabled and not torch.is_grad_enabled():
+            return self._fill_grads()
+        if func is torch._C._set_grad_enabled and not self._differentiates:
             return None
         return self._guard.call(func, args, kwargs or {})
+
+    def _fill_grads(self) -> None:
+        """The recorded gradient, for a closure that reads or clips it; a copy that it may write to."""
+        for parameter, gradient in self._gradients.items():
+            if gradient is not None:
+                parameter.grad = self._guard.adopt(gradient.clone())
 
 
 class WriteGuard:
@@ -117,6 +136,11 @@ class WriteGuard:
         # Last first: a view may have been copied after a write to its base.
         for tensor, copy in reversed(self._copies.values()):
             tensor.data.copy_(copy)
+
+    def adopt(self, tensor: Tensor) -> Tensor:
+        """Treat a tensor as made inside: writes to it are not undone."""
+        self._made.add(_storage(tensor))
+        return tensor
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """``func(*args, **kwargs)``, with what it writes kept."""
@@ -150,6 +174,13 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from (item for item in value if isinstance(item, Tensor))
 
 
+def _is_transformed(value: Any) -> bool:
+    """Whether this is a tensor inside a transform of ``torch.func``."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def _storage(tensor: Tensor) -> int:
-    """Identity of the memory that a tensor lives in; sparse tensors have none of their own."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+    """Identity of the memory that a tensor lives in, where it has memory of its own."""
+    if tensor.layout is not torch.strided or _is_transformed(tensor):
+        return id(tensor)
+    return tensor.untyped_storage()._cdata

@@ -49,8 +49,8 @@ class SolveResult(NamedTuple):
         return STATUS_TEXT[self.status]
 
     def __repr__(self) -> str:
+        note = "" if self.status == "converged" else f"  # {self.message}"
         return (
             f"SolveResult(status={self.status!r}, iterations={self.iterations}, "
-            f"residual_norm={self.residual_norm:.3g}, x=tensor of shape {tuple(self.x.shape)}, "
-            f"{self.x.dtype})"
+            f"residual_norm={self.residual_norm:.3g},{note}\n  x={self.x})"
         )

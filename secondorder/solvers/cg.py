@@ -176,7 +176,7 @@ class ConjugateDirections:
         self._Ad = self._multiply(self.direction)
         self._dAd = self.direction.dot(self._Ad)
         curvature, squared_norm = torch.stack([self._dAd, self.direction.dot(self.direction)]).tolist()
-        quotient = curvature / squared_norm
+        quotient = curvature / squared_norm if squared_norm > 0 else 0.0
         self._steepest = max(self._steepest, quotient)
         self.is_flat = quotient <= torch.finfo(self._Ad.dtype).eps * self._steepest
         return float(curvature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,8 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
     Returns:
         ``SolveResult`` with ``status`` "converged" (positive definite on the range of ``b``),
         "negative_curvature" (``x`` is a stationary point, not a minimiser; ``direction`` is the lowest
-        eigenvector) or "singular" (``b`` has a part outside the range: the residual is not zero).
+        eigenvector), "singular" (``b`` has a part outside the range: the residual is not zero) or
+        "non_finite" (``b`` holds NaN or infinity).
         ``residual_norm`` is that of the damped system; ``quadratic`` is ``x^T A x`` without damping.
 
     Raises:
@@ -98,9 +100,11 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
     residual_norm = float((along - shifted * coordinates).norm())
     lowest = float(shifted[0]) if shifted.numel() else 0.0
     status = "converged"
-    if lowest < -eigen.rounding:
+    if not math.isfinite(residual_norm):
+        status = "non_finite"
+    elif lowest < -eigen.rounding:
         status = "negative_curvature"
-    elif residual_norm > 10 * torch.finfo(b.dtype).eps * b.numel() * float(b.norm()):
+    elif not residual_norm <= 10 * torch.finfo(b.dtype).eps * b.numel() * float(b.norm()):
         status = "singular"
     return SolveResult(
         vectors @ coordinates,

@@ -42,7 +42,8 @@ def steihaug(
 
     Returns:
         ``SolveResult`` with ``status`` "converged", "boundary", "negative_curvature" (on the boundary,
-        along ``direction``), "max_iter" or "non_finite".
+        along ``direction``), "max_iter", "stagnated" (the recursive residual claims convergence, the true
+        one denies it) or "non_finite".
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
@@ -79,6 +80,10 @@ def steihaug(
             run.x = x + _distance_to_boundary(x, direction, radius) * direction
             break
     residual_norm, quadratic = run.measure()
+    if status == "converged" and not residual_norm <= tolerance:
+        status = "stagnated"
+    if not math.isfinite(residual_norm):
+        status = "non_finite"
     along = direction if status == "negative_curvature" else None
     return SolveResult(run.x, status, run.iteration, residual_norm, quadratic, run.products, along)
 

@@ -35,7 +35,8 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
         radius: Trust radius, Euclidean, positive.
 
     Returns:
-        ``SolveResult`` with ``status`` "converged" (interior), "boundary" or "hard_case", and ``shift``.
+        ``SolveResult`` with ``status`` "converged" (interior), "boundary", "hard_case", or "non_finite"
+        (``b`` holds NaN or infinity, or the numbers overflow), and ``shift``.
         ``residual_norm`` is that of the shifted system; ``direction`` is the lowest eigenvector where
         its eigenvalue is negative.
 
@@ -66,6 +67,8 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
     quadratic = float((values * coordinates).dot(coordinates))
     residual_norm = float((target - (values + shift) * coordinates).norm())
     lowest_is_negative = values.numel() > 0 and float(values[0]) < -eigen.rounding
+    if not math.isfinite(residual_norm):
+        status = "non_finite"
     return SolveResult(
         eigen.vectors @ coordinates.to(b),
         status,
@@ -95,7 +98,8 @@ def _minimise(
     # Below this, the part of the target in the lowest space does not move the shift off its floor.
     missed = torch.finfo(dtype).eps * values.numel() * float(target.norm()) + rounding * radius
     if lowest <= rounding and float(target[lowest_space].norm()) <= missed:
-        gap = radius**2 - float(rest.norm()) ** 2
+        length = float(rest.norm())
+        gap = (radius - length) * (radius + length)
         if lowest >= -rounding and gap >= 0:
             return rest, floor, "converged", 0
         if gap >= 0:
@@ -117,7 +121,7 @@ def _find_shift(values: Tensor, target: Tensor, radius: float, floor: float) -> 
     while abs(norm - radius) > LENGTH_TOLERANCE * radius and iterations < MAX_ROOT_ITERATIONS:
         low, high = (shift, high) if norm > radius else (low, shift)
         slope = float((target.square() / (values + shift) ** 3).sum())
-        shift += norm**2 / slope * (norm - radius) / radius
+        shift += norm / slope * norm * (norm / radius - 1) if slope > 0 else math.inf
         if not low < shift < high:
             shift = math.sqrt(low * high) if low > 0 else 0.5 * (low + high)
         norm = float((target / (values + shift)).norm())

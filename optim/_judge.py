@@ -1,0 +1,154 @@
+"""Try steps and judge them: the quadratic model, the trials, the reduction ratio, the line search."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim import _control
+from optim.closure.evaluate import ClosureEvaluator, trial
+from secondorder import LinearOperator, SolveResult
+
+# Costs in gradients (one forward and one backward pass, the backward twice the forward).
+FORWARD_COST = 1 / 3
+
+# Armijo's constant and the shrinking of the step in the line search (Martens' Hessian-free code).
+SUFFICIENT_DECREASE = 0.01
+BACKTRACKING = 0.8
+MAX_BACKTRACKS = 60
+
+
+class QuadraticModel(NamedTuple):
+    """``m(p) = value + gradient . p + p . curvature p / 2``.
+
+    Attributes:
+        value: Loss at the start of the step.
+        gradient: Its gradient, flat, shape (n,).
+        curvature: Operator on flat vectors, undamped; a ``MatrixOperator`` for a direct solver.
+    """
+
+    value: float
+    gradient: Tensor
+    curvature: LinearOperator
+
+    def predicted(self, p: Tensor, quadratic: float) -> float:
+        """The decrease that the model promises, given ``p . curvature p``."""
+        return -float(self.gradient.dot(p)) - 0.5 * quadratic
+
+
+class Proposal(NamedTuple):
+    """What ``_solve`` gives: the solution of the model and, from CG, earlier iterates to fall back on.
+
+    ``result.quadratic`` is ``x . B x`` with the undamped curvature.
+    """
+
+    result: SolveResult
+    earlier: tuple[Tensor, ...] = ()
+    line_search: bool = False
+
+
+class Counter:
+    """Counts the work of one step: the gradient itself, and that of setting up the curvature."""
+
+    def __init__(self, product_cost: float = 0.0) -> None:
+        self.cost = 2.0
+        self.iterations = 0
+        self.trials = 0
+        self._product_cost = product_cost
+
+    def add_products(self, number: int) -> None:
+        """Count products with the curvature."""
+        self.cost += number * self._product_cost
+
+
+class Taken(NamedTuple):
+    """A step worth taking, and the loss after it."""
+
+    step: Tensor
+    value: float
+
+
+class Judge:
+    """Tries steps and says which one to take.
+
+    Attributes:
+        rho: Reduction ratio of the full solution of the model, before any line search.
+        step_norm: Euclidean norm of that solution, before ``lr``.
+    """
+
+    def __init__(
+        self, model: QuadraticModel, evaluator: ClosureEvaluator, parameters: list[Tensor], counter: Counter
+    ) -> None:
+        self._model, self._evaluator, self._parameters = model, evaluator, parameters
+        self._counter = counter
+        self.rho = math.nan
+        self.step_norm = math.nan
+
+    def try_out(self, proposal: Proposal, rate: float | Tensor) -> Taken | None:
+        """The step to take, or None: the full one, an earlier iterate, or a shorter one along it."""
+        result = proposal.result
+        self.step_norm = float(result.x.norm())
+        if isinstance(rate, Tensor):
+            # Scaled entry by entry, the step is no longer the model's: the model is judged on its own.
+            self._judge_model(result.x, result.quadratic)
+            full = Taken(rate * result.x, self._value_at(rate * result.x))
+        else:
+            full = self._judge_model(rate * result.x, rate * rate * result.quadratic)
+            if self.rho > _control.ACCEPTANCE and not proposal.earlier:
+                return full
+        best = full
+        for x in reversed(proposal.earlier):
+            candidate = Taken(rate * x, self._value_at(rate * x))
+            if math.isfinite(best.value) and not candidate.value < best.value:
+                break
+            best = candidate
+        if self._decreases_enough(best):
+            return best
+        if best is full and not isinstance(rate, Tensor) and self.rho > _control.ACCEPTANCE:
+            return best
+        if isinstance(rate, Tensor):
+            return self._backtrack(float(rate[rate > 0].min()) * result.x)
+        return self._backtrack(best.step) if proposal.line_search else None
+
+    def _judge_model(self, step: Tensor, quadratic: float) -> Taken:
+        """Try a step of which the model knows the decrease; sets ``rho``."""
+        predicted = self._model.predicted(step, quadratic)
+        value = self._value_at(step) if math.isfinite(predicted) and predicted > 0 else math.nan
+        self.rho = self._ratio(step, value, predicted)
+        return Taken(step, value)
+
+    def _value_at(self, step: Tensor) -> float:
+        self._counter.cost += FORWARD_COST
+        with trial(self._parameters, step):
+            return self._evaluator.value()
+
+    def _ratio(self, step: Tensor, value: float, predicted: float) -> float:
+        """The reduction ratio from the losses or, where their difference is rounding, from the gradients."""
+        actual = self._model.value - value
+        if not _control.is_noise(actual, predicted, self._model.value, torch.finfo(step.dtype).eps):
+            return _control.reduction_ratio(actual, predicted)
+        self._counter.cost += 1.0
+        with trial(self._parameters, step):
+            gradient = self._evaluator.gradient()
+        # The trapezoid rule along the step.
+        trapezoid = -0.5 * float((self._model.gradient + gradient).dot(step))
+        return _control.reduction_ratio(trapezoid, predicted)
+
+    def _decreases_enough(self, taken: Taken) -> bool:
+        slope = float(self._model.gradient.dot(taken.step))
+        bound = self._model.value + SUFFICIENT_DECREASE * min(slope, 0.0)
+        return taken.value <= bound and taken.value < self._model.value
+
+    def _backtrack(self, step: Tensor) -> Taken | None:
+        """Shorten a descent step until the loss decreases enough (Armijo 1966)."""
+        if not float(self._model.gradient.dot(step)) < 0:
+            return None
+        for _ in range(MAX_BACKTRACKS):
+            step = BACKTRACKING * step
+            taken = Taken(step, self._value_at(step))
+            if self._decreases_enough(taken):
+                return taken
+        return None
