@@ -148,7 +148,7 @@ def plot(runs, path):
             axis.plot(*zip(*points, strict=True), label=row.name, color=color, linestyle=style, linewidth=1.5)
         axis.set(xlabel=label, yscale="log", ylim=(FLOOR / 2, None))
         axis.grid(alpha=0.3)
-    axes[1].set_xscale("log")
+    axes[1].set_xscale("symlog", linthresh=10)
     axes[0].set_ylabel("train loss (mean cross-entropy)")
     axes[1].legend(loc="lower left", framealpha=0.9)
     figure.suptitle("Digits, 64-32-32-10 tanh network, full batch")
