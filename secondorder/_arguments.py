@@ -6,11 +6,12 @@ a program that moves from there to here sees no difference, not even in what it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Tensors = tuple[Tensor, ...]
 MaybeTensors = tuple["Tensor | None", ...]
@@ -85,23 +86,41 @@ def input_vector(
     return None
 
 
-def call(func: Any, inputs: Tensors, function: str, strict: bool) -> tuple[bool, Tensors]:
-    """``func(*inputs)`` as a checked tuple, and whether it was one."""
-    is_tuple, outputs = as_tuple(func(*inputs), OUTPUTS, function)
+class Outputs(NamedTuple):
+    """What a function returned: its outputs, whether they were a tuple, and what came beside them."""
+
+    tensors: Tensors
+    is_tuple: bool
+    aux: Any
+
+
+def call(func: Any, inputs: Tensors, function: str, strict: bool, has_aux: bool = False) -> Outputs:
+    """``func(*inputs)``, checked; with ``has_aux`` the function returns ``(outputs, aux)``."""
+    returned, aux = func(*inputs), None
+    if has_aux:
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(
+                f"The function given to {function} must return a tuple (outputs, aux) with has_aux=True,"
+                f" got {type(returned).__name__}."
+            )
+        returned, aux = returned
+    is_tuple, outputs = as_tuple(returned, OUTPUTS, function)
     require_grad_of_outputs(outputs, strict)
-    return is_tuple, outputs
+    return Outputs(outputs, is_tuple, aux)
 
 
-def call_scalar(func: Any, inputs: Tensors, function: str, strict: bool) -> Tensor:
-    """``func(*inputs)``, which must be one tensor with one element."""
-    is_tuple, outputs = call(func, inputs, function, strict)
+def call_scalar(
+    func: Any, inputs: Tensors, function: str, strict: bool, has_aux: bool = False
+) -> tuple[Tensor, Any]:
+    """``func(*inputs)``, which must be one tensor with one element, and what came beside it."""
+    outputs, is_tuple, aux = call(func, inputs, function, strict, has_aux)
     if is_tuple:
         raise RuntimeError(f"The function given to {function} should return a single Tensor")
     if outputs[0].nelement() != 1:
         raise RuntimeError(
             f"The Tensor returned by the function given to {function} should contain a single element"
         )
-    return outputs[0]
+    return outputs[0], aux
 
 
 def require_grad_of_outputs(outputs: Tensors, strict: bool) -> None:
@@ -212,6 +231,22 @@ def grad(
         retain_graph=retain_graph,
         is_grads_batched=is_grads_batched,
     )
+
+
+def split_tensors(tree: Any) -> tuple[Tensors, Callable[[Tensors], Any]]:
+    """The tensors in a tree, and a function that puts others in their places."""
+    leaves, spec = pytree.tree_flatten(tree)
+
+    def rebuild(tensors: Tensors) -> Any:
+        rest = iter(tensors)
+        return pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)), rebuild
+
+
+def give_back_aux(aux: Any, create_graph: bool) -> Any:
+    """What came beside the outputs, its tensors detached unless a graph was asked for."""
+    return aux if create_graph else pytree.tree_map_only(Tensor, Tensor.detach, aux)
 
 
 def give_back(tensors: Tensors, is_tuple: bool, create_graph: bool) -> Any:

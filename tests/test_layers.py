@@ -12,7 +12,6 @@ ORDER = [
     "secondorder._arguments",
     "secondorder.flat",
     "secondorder.decompose",
-    "secondorder._jacobian",
     "secondorder.functional",
     "secondorder.products",
     "secondorder.solvers",

@@ -1,0 +1,48 @@
+"""What the graph of a gradient says about its Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
+
+
+class HookCount:
+    """Whether a hook was registered since: it may change a gradient unseen by the graph."""
+
+    def __init__(self) -> None:
+        self._start = RemovableHandle.next_id
+
+    def has_grown(self) -> bool:
+        """True when any hook, on a tensor, a node or a module, was registered meanwhile."""
+        return bool(RemovableHandle.next_id != self._start)
+
+
+def is_symmetric(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a value and its gradient were made by built-in operations alone: a symmetric Hessian.
+
+    A custom Function may return anything from its backward: then products from the left and from the
+    right differ, and ``hvp`` must not replace one by the other.
+    """
+    return not any(_is_custom(node) for node in _nodes(tensors))
+
+
+def _is_custom(node: Node) -> bool:
+    # In Python: BackwardCFunction. In C++: torch::autograd::CppNode<...>.
+    return issubclass(type(node), torch.autograd.function.BackwardCFunction) or "CppNode" in node.name()
+
+
+def _nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
+    """All nodes behind ``tensors``, each once."""
+    stack = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)

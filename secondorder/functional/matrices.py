@@ -1,0 +1,266 @@
+"""``jacobian`` and ``hessian``: whole matrices, in the structure of inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secondorder import _arguments
+from secondorder._arguments import Outputs, Tensors
+from secondorder.functional import _strategies
+from secondorder.functional._strategies import Blocks
+
+Function = Callable[..., Any]
+TensorOrTensors = Tensor | tuple[Tensor, ...]
+
+
+def jacobian(
+    func: Function,
+    inputs: TensorOrTensors,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: str = "reverse-mode",
+    *,
+    chunk_size: int | None = None,
+    return_output: bool = False,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+) -> Any:
+    """Jacobian of ``func``.
+
+    Args:
+        func: Takes the inputs, returns a tensor or a tuple of tensors.
+        inputs: Point of differentiation.
+        create_graph: The result carries a graph. Reverse mode only.
+        strict: Raise where an output does not depend on an input, instead of returning zeros. Only
+            in reverse mode without ``vectorize``.
+        vectorize: One batched backward pass (``torch.vmap``) instead of one for each output element.
+        strategy: "reverse-mode", or "forward-mode", which takes one pass for all input elements and
+            needs ``vectorize=True``.
+        chunk_size: Rows (columns in forward mode) in one batched pass, to bound memory; turns
+            ``vectorize`` on. All at once when None.
+        return_output: Return the outputs as well.
+        has_aux: ``func`` returns ``(outputs, aux)``; ``aux`` is passed on as the last result.
+        holomorphic: ``func`` is a holomorphic function of complex inputs; the result is its complex
+            derivative.
+
+    Returns:
+        A tensor of shape ``output.shape + input.shape``; with tuples, ``result[i][j]`` is the Jacobian
+        of output ``i`` with respect to input ``j``. With ``return_output`` or ``has_aux`` a tuple
+        ``(jacobian, outputs, aux)`` of what was asked for.
+
+    Raises:
+        TypeError: ``inputs`` or the outputs are neither a tensor nor a tuple of tensors; ``holomorphic``
+            with real ones.
+        ValueError: ``chunk_size`` is not a positive integer.
+        AssertionError: ``strategy`` is unknown.
+        RuntimeError: ``strict`` found no dependence, or is not supported by the strategy.
+        NotImplementedError: forward mode with ``create_graph`` or without ``vectorize``.
+
+    Cost: one gradient, and one backward pass for each output element (row by row); one batched pass
+    (vectorized), with memory for all rows at once, or for ``chunk_size`` of them.
+
+    Example:
+        >>> jacobian(lambda x: x**2, torch.tensor([1.0, 2.0]))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    options = _Options(create_graph, strict, vectorize, strategy, chunk_size, holomorphic)
+    is_inputs_tuple, outputs, blocks = _blocks(func, inputs, options, has_aux)
+    results = [_unpack(blocks, outputs.is_tuple, is_inputs_tuple)]
+    if return_output:
+        results.append(_arguments.give_back(outputs.tensors, outputs.is_tuple, create_graph))
+    if has_aux:
+        results.append(_arguments.give_back_aux(outputs.aux, create_graph))
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def hessian(
+    func: Function,
+    inputs: TensorOrTensors,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    outer_jacobian_strategy: str = "reverse-mode",
+    *,
+    chunk_size: int | None = None,
+    return_output: bool = False,
+    has_aux: bool = False,
+) -> Any:
+    """Hessian of a scalar function: the Jacobian of its gradient.
+
+    Args:
+        func: Takes the inputs, returns one tensor with one element.
+        inputs: Point of differentiation.
+        create_graph: The result carries a graph. Reverse mode only.
+        strict: Raise where the value or its gradient does not depend on an input. Only in reverse mode
+            without ``vectorize``.
+        vectorize: One batched backward pass (``torch.vmap``) instead of one for each input element.
+        outer_jacobian_strategy: "reverse-mode", or "forward-mode" (forward over reverse), which needs
+            ``vectorize=True``.
+        chunk_size: Rows (columns in forward mode) in one batched pass, to bound memory; turns
+            ``vectorize`` on. All at once when None.
+        return_output: Return the value as well.
+        has_aux: ``func`` returns ``(value, aux)``; ``aux`` is passed on as the last result.
+
+    Returns:
+        A tensor of shape ``input.shape + input.shape``; with a tuple of inputs, ``result[i][j]`` of
+        shape ``input_i.shape + input_j.shape``. With ``return_output`` or ``has_aux`` a tuple
+        ``(hessian, value, aux)`` of what was asked for.
+
+    Raises:
+        TypeError: ``inputs`` or the output are neither a tensor nor a tuple of tensors.
+        ValueError: ``chunk_size`` is not a positive integer.
+        AssertionError: ``outer_jacobian_strategy`` is unknown.
+        RuntimeError: the output is not one tensor with one element; ``strict`` found no dependence, or
+            is not supported by the strategy.
+        NotImplementedError: forward mode with ``create_graph`` or without ``vectorize``.
+
+    Cost: one gradient, and one second backward pass (1.3 gradients) for each input element; one batched
+    pass (vectorized), with memory for all rows at once, or for ``chunk_size`` of them.
+
+    Example:
+        >>> hessian(lambda x: x.pow(3).sum(), torch.tensor([1.0, 2.0]))
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
+    is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "hessian")
+    if outer_jacobian_strategy not in ("forward-mode", "reverse-mode"):
+        raise AssertionError('Expected strategy to be either "forward-mode" or "reverse-mode".')
+    forward = outer_jacobian_strategy == "forward-mode"
+
+    def gradient(*points: Tensor) -> tuple[Tensors, tuple[Tensor, Any]]:
+        value, aux = _arguments.call_scalar(func, points, "hessian", strict, has_aux)
+        grads = _arguments.grad((value,), points, create_graph=True)
+        grads = _arguments.fill_zeros(grads, points, False, True, "back")
+        _arguments.require_grad_of_jacobian(grads, strict)
+        return grads, (value, aux)
+
+    options = _Options(create_graph, strict, vectorize, outer_jacobian_strategy, chunk_size)
+    push = _gradient_for_forward_mode(func, has_aux) if forward else gradient
+    _, outputs, blocks = _blocks(push, inputs, options, has_aux=True)
+    value, aux = outputs.aux
+    results = [_unpack(blocks, is_inputs_tuple, is_inputs_tuple)]
+    if return_output:
+        results.append(_arguments.give_back((value,), False, create_graph))
+    if has_aux:
+        results.append(_arguments.give_back_aux(aux, create_graph))
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _gradient_for_forward_mode(func: Function, has_aux: bool) -> Function:
+    """The gradient by ``torch.func``, which composes with its forward mode and ``vmap``."""
+
+    def gradient(*points: Tensor) -> tuple[Tensors, tuple[Tensor, Any]]:
+        rebuild: Callable[[Tensors], Any]
+
+        def scalar(*inner: Tensor) -> tuple[Tensor, Tensors]:
+            nonlocal rebuild
+            value, aux = _arguments.call_scalar(func, inner, "hessian", False, has_aux)
+            tensors, rebuild = _arguments.split_tensors((value, aux))
+            return value, tensors
+
+        pulled: Any = torch.func.vjp(scalar, *points, has_aux=True)
+        value, pull, tensors = pulled
+        return pull(torch.ones_like(value)), rebuild(tensors)
+
+    return gradient
+
+
+class _Options(NamedTuple):
+    """How to compute a Jacobian."""
+
+    create_graph: bool
+    strict: bool
+    vectorize: bool
+    strategy: str
+    chunk_size: int | None = None
+    holomorphic: bool = False
+
+    def check(self) -> _Options:
+        """Raise for what does not go together, in torch's order; ``chunk_size`` turns vectorize on."""
+        size = self.chunk_size
+        if size is not None and not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"chunk_size must be a positive integer or None, got {size!r}.")
+        if self.strategy not in ("forward-mode", "reverse-mode"):
+            raise AssertionError(
+                'Expected strategy to be either "forward-mode" or "reverse-mode". Hint: If your '
+                'function has more outputs than inputs, "forward-mode" tends to be more performant. '
+                'Otherwise, prefer to use "reverse-mode".'
+            )
+        if self.strategy == "forward-mode" and self.create_graph:
+            raise NotImplementedError(
+                "torch.autograd.functional.jacobian: `create_graph=True` "
+                'and `strategy="forward-mode"` are not supported together (yet). '
+                "Please either set `create_graph=False` or "
+                '`strategy="reverse-mode"`.'
+            )
+        if self.strategy == "forward-mode" and self.strict:
+            raise RuntimeError(
+                "torch.autograd.functional.jacobian: `strict=True` "
+                'and `strategy="forward-mode"` are not supported together (yet). '
+                "Please either set `strict=False` or "
+                '`strategy="reverse-mode"`.'
+            )
+        return self._replace(vectorize=self.vectorize or size is not None)
+
+
+def _blocks(func: Function, inputs: Any, options: _Options, has_aux: bool) -> tuple[bool, Outputs, Blocks]:
+    """Run the strategy; blocks are detached as promised."""
+    options = options.check()
+    if options.strategy == "forward-mode":
+        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
+        outputs, blocks = _forward(func, inputs, options, has_aux)
+    else:
+        with torch.enable_grad():
+            is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
+            inputs = _arguments.fresh_inputs(inputs, options.create_graph)
+            outputs = _arguments.call(func, inputs, "jacobian", options.strict, has_aux)
+            blocks = _reverse(outputs.tensors, inputs, options)
+    if options.holomorphic:
+        # Autograd gives the conjugate of the derivative.
+        blocks = tuple(tuple(block.conj().resolve_conj() for block in row) for row in blocks)
+    if not options.create_graph:
+        blocks = tuple(tuple(block.detach() for block in row) for row in blocks)
+    return is_inputs_tuple, outputs, blocks
+
+
+def _forward(func: Function, inputs: Tensors, options: _Options, has_aux: bool) -> tuple[Outputs, Blocks]:
+    if not options.vectorize:
+        raise NotImplementedError(
+            "Computing Jacobian using forward-AD or forward-over-reverse Hessian is"
+            "only implemented for `vectorize=True`."
+        )
+    if options.holomorphic:
+        raise ValueError('holomorphic=True needs strategy="reverse-mode", got "forward-mode".')
+    # Forward mode refuses tensors whose elements share memory, as expanded ones do.
+    inputs = tuple(tensor.detach().contiguous() for tensor in inputs)
+    return _strategies.forward_mode(
+        lambda *points: _arguments.call(func, points, "jacobian", False, has_aux), inputs, options.chunk_size
+    )
+
+
+def _reverse(outputs: Tensors, inputs: Tensors, options: _Options) -> Blocks:
+    if options.vectorize and options.strict:
+        raise RuntimeError(
+            "torch.autograd.functional.jacobian: `strict=True` "
+            "and `vectorized=True` are not supported together. "
+            "Please either set `strict=False` or "
+            "`vectorize=False`."
+        )
+    if options.holomorphic and not all(tensor.is_complex() for tensor in (*inputs, *outputs)):
+        kinds = sorted({str(tensor.dtype) for tensor in (*inputs, *outputs) if not tensor.is_complex()})
+        raise TypeError(f"holomorphic=True needs complex inputs and outputs, got {', '.join(kinds)}.")
+    if options.vectorize or options.holomorphic:
+        return _strategies.batched_rows(outputs, inputs, options.create_graph, options.chunk_size)
+    return _strategies.row_by_row(outputs, inputs, options.create_graph, options.strict)
+
+
+def _unpack(blocks: Blocks, is_outputs_tuple: bool, is_inputs_tuple: bool) -> Any:
+    """Blocks in the structure that the user's tuples ask for."""
+    rows = [row if is_inputs_tuple else row[0] for row in blocks]
+    return tuple(rows) if is_outputs_tuple else rows[0]
