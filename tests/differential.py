@@ -23,8 +23,9 @@ MATRICES = ("jacobian", "hessian")
 SHAPES = [(), (1,), (2,), (3,), (2, 2), (1, 1), (0,), (2, 1, 2)]
 LAYOUTS = ["plain"] * 5 + ["strided", "expanded", "transposed", "sparse"]
 DTYPES = [torch.float64] * 5 + [torch.float32, torch.complex128]
-# The same operations in another order: rounding of the dtype, on numbers of size 1 to 100.
-TOLERANCES = {torch.float32: 2e-4, torch.complex64: 2e-4}
+# The same operations in another order: rounding of the precision in which the function computes, on
+# numbers of size 1 to 100.
+DOUBLE, SINGLE = 1e-10, 2e-4
 
 
 class Skewed(torch.autograd.Function):
@@ -55,9 +56,10 @@ def mixed(xs):
 
 
 def hooked(xs):
+    """A hook that is not linear: it acts in every backward pass, and ``vhp`` is not ``hvp``."""
     y = dense(xs[0]) * 2
     if y.requires_grad:
-        y.register_hook(lambda g: g * torch.arange(1.0, g.numel() + 1, dtype=g.dtype).view(g.shape))
+        y.register_hook(lambda g: g.sin())
     return (y**3).sum() * y.sum()
 
 
@@ -71,6 +73,8 @@ def captured(xs):
     return mixed(xs) * CAPTURED.square().sum()
 
 
+# Each of torch's warnings every time, not once a process: both sides must give it.
+torch.set_warn_always(True)
 CAPTURED = torch.tensor([0.5, -1.5], dtype=torch.float64, requires_grad=True)
 
 SCALARS = {
@@ -89,7 +93,7 @@ SCALARS = {
     "hooked": hooked,
     "real_of_complex": lambda xs: sum((dense(x) * dense(x).conj()).real.sum() for x in xs) ** 2,
     "norm": lambda xs: sum(torch.linalg.vector_norm(dense(x) + 1.5) for x in xs),
-    "single_precision": lambda xs: mixed([dense(x).to(torch.float32) for x in xs]),
+    "single_precision": lambda xs: mixed([dense(x).real.to(torch.float32) for x in xs]),
     "first_itself": lambda xs: xs[0],
 }
 VECTORS = {
@@ -109,7 +113,17 @@ WRONG = {
     "raises": lambda xs: (_ for _ in ()).throw(KeyError("from the function")),
     "integer": lambda xs: torch.tensor(3),
 }
-VECTOR_KINDS = ["right"] * 6 + ["none", "none", "grad", "complex", "wrong_size", "wrong_count", "list", "number", "float32"]
+VECTOR_KINDS = ["right"] * 6 + [
+    "none",
+    "none",
+    "grad",
+    "complex",
+    "wrong_size",
+    "wrong_count",
+    "list",
+    "number",
+    "float32",
+]
 
 
 class Case:
@@ -142,6 +156,14 @@ class Case:
             f"Case(seed={self.seed}: {self.name} of {self.function}, inputs={self.specs}, tuple={self.is_tuple}, "
             f"bad={self.bad_inputs!r}, {self.flags}, v={self.vector}, grad_mode={self.grad_mode})"
         )
+
+    @property
+    def is_single(self) -> bool:
+        return self.function == "single_precision" or any(spec[2] is torch.float32 for spec in self.specs)
+
+    @property
+    def is_sparse(self) -> bool:
+        return any(spec[1] == "sparse" for spec in self.specs)
 
     @property
     def forward(self) -> bool:
@@ -178,7 +200,7 @@ class Case:
             return 2.0 if self.vector == "number" else None
         parts = [make(tuple(t.shape), "plain", t.dtype, self.seed + i) for i, t in enumerate(like)]
         if self.vector == "grad":
-            parts = [p.requires_grad_() for p in parts]
+            parts = [p.requires_grad_() if p.is_floating_point() or p.is_complex() else p for p in parts]
         if self.vector == "complex":
             parts = [p.to(torch.complex128) for p in parts]
         if self.vector == "float32":
@@ -224,7 +246,7 @@ def observe(module, case: Case):
     if case.name == "vjp":
         try:
             like = case.body([t.detach() for t in given])
-        except KeyError:
+        except (KeyError, IndexError, AttributeError):
             like = None
     else:
         like = inputs if isinstance(inputs, Tensor | tuple) else None
@@ -249,13 +271,11 @@ def observe(module, case: Case):
     events.append(("random state", torch.rand(()).item()))
     events.append(("states", states == [(t.requires_grad, t._version) for t in given]))
     events.append(("grads", [leaf.grad is None for leaf in leaves], CAPTURED.grad is None))
-    events.append(("warnings", sorted({str(w.message)[:60] for w in caught} - {JIT_WARNING})))
+    # Torch warns of its own use of torch.jit once a process, when forward mode is first used.
+    texts = {str(w.message)[:60] for w in caught}
+    events.append(("warnings", sorted(t for t in texts if "torch.jit.script" not in t)))
     third = third_derivative(outcome, leaves) if case.flags["create_graph"] else None
     return outcome, events, third
-
-
-# Torch warns so once a process, when forward mode is first used.
-JIT_WARNING = "`torch.jit.script` is deprecated. Please switch to `torch.com"
 
 
 def third_derivative(outcome, leaves):
@@ -273,7 +293,7 @@ def third_derivative(outcome, leaves):
     return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, targets, strict=True)]
 
 
-def difference(mine, theirs, detached=False) -> str | None:
+def difference(mine, theirs, detached, tolerance) -> str | None:
     """What differs between two results, in words, or None."""
     if isinstance(theirs, list) and detached:
         theirs = tuple(theirs)
@@ -282,14 +302,14 @@ def difference(mine, theirs, detached=False) -> str | None:
     if isinstance(mine, tuple | list):
         if len(mine) != len(theirs):
             return f"length {len(mine)} for {len(theirs)}"
-        found = (difference(a, b, detached) for a, b in zip(mine, theirs, strict=True))
+        found = (difference(a, b, detached, tolerance) for a, b in zip(mine, theirs, strict=True))
         return next((d for d in found if d), None)
     if not isinstance(mine, Tensor):
         return None if mine == theirs else f"{mine!r} for {theirs!r}"
-    return difference_of_tensors(mine, theirs, detached)
+    return difference_of_tensors(mine, theirs, detached, tolerance)
 
 
-def difference_of_tensors(mine, theirs, detached):
+def difference_of_tensors(mine, theirs, detached, tolerance):
     for what in ("shape", "dtype", "layout", "device"):
         if getattr(mine, what) != getattr(theirs, what):
             return f"{what} {getattr(mine, what)} for {getattr(theirs, what)}"
@@ -299,7 +319,6 @@ def difference_of_tensors(mine, theirs, detached):
         if (mine.grad_fn is None) != (theirs.grad_fn is None):
             return f"grad_fn {mine.grad_fn}"
     a, b = dense(mine.detach()), dense(theirs.detach())
-    tolerance = TOLERANCES.get(a.dtype, 1e-10)
     if not torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True):
         return f"values {a} for {b}"
     return None
@@ -317,15 +336,19 @@ def repaired(case: Case, outcome) -> bool:
 def compare(ours, case: Case) -> str | None:
     mine, my_events, my_third = observe(ours, case)
     theirs, their_events, their_third = observe(reference, case)
-    if mine[0] == "value" and repaired(case, theirs):
+    if repaired(case, theirs):
         return None
     if case.forward and mine[0] == theirs[0] == "error" and case.flags.get("vectorize", False):
         # The operation that forward mode lacks is named by another layer of torch.
         return None
-    found = difference(mine, theirs, detached=case.forward)
+    if case.is_sparse and mine[0] == theirs[0] == "error" and "parse" in mine[2] + theirs[2]:
+        # Sparse tensors lack many operations; which one is met first is not part of the contract.
+        return None
+    tolerance = SINGLE if case.is_single else DOUBLE
+    found = difference(mine, theirs, case.forward, tolerance)
     if found is None and my_events != their_events:
         found = f"events {my_events} for {their_events}"
-    return found or difference(my_third, their_third)
+    return found or difference(my_third, their_third, False, 100 * tolerance)
 
 
 def main(count: int, first: int) -> int:

@@ -162,7 +162,11 @@ def _gradient_for_forward_mode(func: Function, has_aux: bool) -> Function:
             nonlocal rebuild
             value, aux = _arguments.call_scalar(func, inner, "hessian", False, has_aux)
             tensors, rebuild = _arguments.split_tensors((value, aux))
-            return value, tensors
+            if value.is_complex():
+                text = "grad can be implicitly created only for real scalar outputs but got"
+                raise RuntimeError(f"{text} {value.dtype}")
+            # An integer value does not depend on the inputs: its gradient is zero.
+            return value if value.is_floating_point() else value.to(inner[0].dtype), tensors
 
         pulled: Any = torch.func.vjp(scalar, *points, has_aux=True)
         value, pull, tensors = pulled
