@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder._backward import pull, pull_rows
 from secondorder.flat import flatten, flatten_rows, unflatten, unflatten_rows
 from secondorder.operators import LinearOperator
 
@@ -51,24 +52,6 @@ class _ParameterOperator(LinearOperator):
                     f"{parameter.dtype} on {parameter.device}."
                 )
         super().__init__(sum(p.numel() for p in self._parameters), first.dtype, first.device)
-
-    def _grad(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
-        """Backward through a kept graph; zeros where there is no path."""
-        return list(
-            torch.autograd.grad(
-                outputs, inputs, v, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-        )
-
-    def _grad_rows(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """As ``_grad`` for a batch of vectors: a leading dimension on ``v`` and on the result."""
-        grads = torch.autograd.grad(
-            outputs, inputs, v, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        k = v[0].shape[0]
-        return [x.new_zeros((k, *x.shape)) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
 class Hessian(_ParameterOperator):
@@ -113,13 +96,13 @@ class Hessian(_ParameterOperator):
         if not self._grads:
             return torch.zeros_like(v)
         parts = unflatten(v, self._parameters)
-        return flatten(self._grad(self._grads, self._parameters, [parts[i] for i in self._indices]))
+        return flatten(pull(self._grads, self._parameters, [parts[i] for i in self._indices]))
 
     def _matmat(self, V: Tensor) -> Tensor:
         if not self._grads:
             return torch.zeros_like(V)
         parts = unflatten_rows(V.T, self._parameters)
-        rows = self._grad_rows(self._grads, self._parameters, [parts[i] for i in self._indices])
+        rows = pull_rows(self._grads, self._parameters, [parts[i] for i in self._indices])
         return flatten_rows(rows).T
 
 
@@ -193,17 +176,17 @@ class GaussNewton(_ParameterOperator):
         if not self._pulled:
             return torch.zeros_like(v)
         parts = unflatten(v, self._parameters)
-        Jv = self._grad(self._pulled, self._duals, [parts[i] for i in self._indices])
-        HJv = self._multiply_loss_hessians(Jv, self._grad)
-        return flatten(self._grad(self._outputs, self._parameters, HJv))
+        Jv = pull(self._pulled, self._duals, [parts[i] for i in self._indices])
+        HJv = self._multiply_loss_hessians(Jv, pull)
+        return flatten(pull(self._outputs, self._parameters, HJv))
 
     def _matmat(self, V: Tensor) -> Tensor:
         if not self._pulled:
             return torch.zeros_like(V)
         parts = unflatten_rows(V.T, self._parameters)
-        JV = self._grad_rows(self._pulled, self._duals, [parts[i] for i in self._indices])
-        HJV = self._multiply_loss_hessians(JV, self._grad_rows)
-        return flatten_rows(self._grad_rows(self._outputs, self._parameters, HJV)).T
+        JV = pull_rows(self._pulled, self._duals, [parts[i] for i in self._indices])
+        HJV = self._multiply_loss_hessians(JV, pull_rows)
+        return flatten_rows(pull_rows(self._outputs, self._parameters, HJV)).T
 
     def _multiply_loss_hessians(
         self, vectors: list[Tensor], grad: Callable[..., list[Tensor]]

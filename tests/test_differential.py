@@ -151,7 +151,7 @@ def test_a_broken_variant_is_caught(name, tmp_path, monkeypatch):
     target = tmp_path / package
     (target / "functional").mkdir(parents=True)
     (target / "__init__.py").touch()
-    for path in (source / ARGUMENTS, *(source / "functional").glob("*.py")):
+    for path in (source / ARGUMENTS, source / "_backward.py", *(source / "functional").glob("*.py")):
         text = path.read_text(encoding="utf-8").replace("from secondorder", f"from {package}")
         if str(path.relative_to(source)) == file:
             assert text.count(old) >= 1, "the mutant's text is gone from the source"

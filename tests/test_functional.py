@@ -1,5 +1,6 @@
 """The six functions against ``torch.autograd.functional``: values, structure, flags, errors, side effects."""
 
+import memory
 import oracles
 import pytest
 import torch
@@ -272,3 +273,21 @@ def test_hessian_product_by_finite_differences(problem):
             return ours.vjp(problem.func, point)[1] @ v
 
         torch.testing.assert_close(product, oracles.central_gradient(slope, x), rtol=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+def test_chunks_bound_the_memory_of_a_hessian(chunk_size):
+    """The result, and for each row of a chunk a few tensors of the size of the hidden layer."""
+    n, hidden = 64, 4096
+    weight, x = make(hidden, n), make(n, seed=1)
+
+    def func(x):
+        return (weight @ x).tanh().square().sum()
+
+    ours.hessian(func, x, chunk_size=2)  # what torch allocates once
+    result, row = n * n * 8, hidden * 8
+    # Vectors of the size of the hidden layer that are alive at once: two graphs, and six a row.
+    budget = 2 * result + (12 + 6 * chunk_size) * row
+    peak = memory.peak_bytes(lambda: ours.hessian(func, x, chunk_size=chunk_size))
+    assert peak <= budget
+    assert memory.peak_bytes(lambda: ours.hessian(func, x, vectorize=True)) > 2 * result + 64 * row

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Each file may import only from the entries above its own.
 ORDER = [
     "secondorder._arguments",
+    "secondorder._backward",
     "secondorder.flat",
     "secondorder.decompose",
     "secondorder.functional",

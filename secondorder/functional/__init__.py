@@ -6,8 +6,12 @@ effects of ``vjp jvp jacobian hessian vhp hvp`` are those of torch, extras are k
 gradients: one evaluation of the function and one backward pass.
 """
 
+from secondorder.functional.batch import batch_hessian, batch_jacobian, hessian_diag
+from secondorder.functional.linear import LinearMap, hvps, linearize, linearize_grad, value_and_grad
 from secondorder.functional.matrices import hessian, jacobian
+from secondorder.functional.module import module_function
 from secondorder.functional.products import hvp, jvp, vhp, vjp
+from secondorder.functional.sparse import sparse_hessian, sparse_jacobian
 
 __all__ = [
     # products
@@ -15,7 +19,20 @@ __all__ = [
     "jvp",
     "vhp",
     "hvp",
+    "hvps",
     # matrices
     "jacobian",
     "hessian",
+    "hessian_diag",
+    "sparse_jacobian",
+    "sparse_hessian",
+    "batch_jacobian",
+    "batch_hessian",
+    # at a point that is kept
+    "value_and_grad",
+    "linearize",
+    "linearize_grad",
+    "LinearMap",
+    # functions from modules
+    "module_function",
 ]

@@ -139,8 +139,15 @@ def forward_mode(
     numels = [tensor.nelement() for tensor in inputs]
     # Not -1: torch 2.13 mistakes the shape of a result that does not depend on the batch.
     out_dims: Any = (0, None)
-    batched = torch.vmap(column, out_dims=out_dims, chunk_size=chunk_size)
-    columns, tensors = batched(*_standard_basis(inputs))
+    total = sum(numels)
+    step = total if chunk_size is None else chunk_size
+    chunks = []
+    # Not vmap's chunk_size: with a result that is not batched torch 2.13 fails.
+    for start in range(0, max(total, 1), max(step, 1)):
+        basis = _standard_basis(inputs, range(start, min(start + step, total)))
+        part, tensors = torch.vmap(column, out_dims=out_dims)(*basis)
+        chunks.append(part)
+    columns = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chunks, strict=True)]
     blocks = tuple(
         tuple(
             part.movedim(0, -1).reshape(part.shape[1:] + tensor.shape)

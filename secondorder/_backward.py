@@ -1,0 +1,25 @@
+"""Backward passes through a kept graph: one vector, or a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+    """``v^T d outputs / d inputs``; zeros where there is no path. The graph is kept."""
+    grads = torch.autograd.grad(
+        outputs, inputs, v, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return list(grads)
+
+
+def pull_rows(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+    """As ``pull`` for a batch: a leading dimension on every ``v`` and on every result."""
+    grads = torch.autograd.grad(
+        outputs, inputs, v, retain_graph=True, allow_unused=True, is_grads_batched=True
+    )
+    k = v[0].shape[0]
+    return [x.new_zeros((k, *x.shape)) if g is None else g for g, x in zip(grads, inputs, strict=True)]
