@@ -51,7 +51,7 @@ MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 8
 # Mirrors of torch's signatures, constructors of optimizers and public front ends, whose parameters users
 # of the ecosystem expect.
-MANY_PARAMETERS = {"hessian", "jacobian", "hvp", "__init__", "influence"}
+MANY_PARAMETERS = {"_embedding_bag", "hessian", "jacobian", "hvp", "__init__", "influence"}
 
 FILES = sorted(path for package in ("secondorder", "optim") for path in (ROOT / package).rglob("*.py"))
 

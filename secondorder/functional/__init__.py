@@ -7,6 +7,7 @@ gradients: one evaluation of the function and one backward pass.
 """
 
 from secondorder.functional.batch import batch_hessian, batch_jacobian, hessian_diag
+from secondorder.functional.check import check_derivatives
 from secondorder.functional.linear import LinearMap, hvps, linearize, linearize_grad, value_and_grad
 from secondorder.functional.matrices import hessian, jacobian
 from secondorder.functional.module import module_function
@@ -33,6 +34,8 @@ __all__ = [
     "linearize",
     "linearize_grad",
     "LinearMap",
+    # checks
+    "check_derivatives",
     # functions from modules
     "module_function",
 ]

@@ -27,7 +27,21 @@ def is_symmetric(tensors: Iterable[Tensor | None]) -> bool:
     A custom Function may return anything from its backward: then products from the left and from the
     right differ, and ``hvp`` must not replace one by the other.
     """
-    return not any(_is_custom(node) for node in _nodes(tensors))
+    return not any(_is_custom(node) for node in nodes(tensors))
+
+
+# Nodes that raise when a second backward pass reaches them (torch 2.13).
+_WITHOUT_DERIVATIVE = {
+    "torch::autograd::NotImplemented",
+    "PdistBackwardBackward0",
+    "CdistBackwardBackward0",
+    "EmbeddingBagBackwardBackward0",
+}
+
+
+def has_missing(gradient: Iterable[Tensor | None]) -> bool:
+    """Whether a backward pass through a gradient may meet an operation without a derivative."""
+    return any(node.name() in _WITHOUT_DERIVATIVE for node in nodes(gradient))
 
 
 def _is_custom(node: Node) -> bool:
@@ -35,7 +49,7 @@ def _is_custom(node: Node) -> bool:
     return issubclass(type(node), torch.autograd.function.BackwardCFunction) or "CppNode" in node.name()
 
 
-def _nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
+def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
     """All nodes behind ``tensors``, each once."""
     stack = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
     seen = set(stack)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secondorder import _arguments
 from secondorder._backward import pull, pull_rows
-from secondorder.functional import _graph
+from secondorder.functional import _graph, _ladder
 from secondorder.functional._tree import Tree, scalar
 
 Function = Callable[..., Any]
@@ -158,8 +158,17 @@ def linearize_grad(func: Function, inputs: Any) -> tuple[Tensor, Any, LinearMap]
         tensor([  6., 120.])
     """
     tree = Tree.of(inputs, "linearize_grad")
+    value, gradient, outputs, inner = _ladder.climb(lambda: _kept_gradient(func, tree))
+    return value, tree.rebuild(gradient), LinearMap(tree, outputs, inner, tree.rebuild)
+
+
+def _kept_gradient(
+    func: Function, tree: Tree
+) -> tuple[Tensor, list[Tensor], Sequence[Tensor | None], Sequence[Tensor]]:
+    """Value, gradient, and the graph whose backward multiplies by the Hessian."""
     hooks = _graph.HookCount()
     value = scalar(tree.call(func), "linearize_grad")
+    _ladder.refuse_wrong(value)
     with torch.enable_grad():
         gradient = _arguments.grad((value,), tree.leaves, create_graph=True)
         filled = _arguments.fill_zeros(gradient, tree.leaves, False, True, "back")
@@ -170,8 +179,10 @@ def linearize_grad(func: Function, inputs: Any) -> tuple[Tensor, Any, LinearMap]
             # H v, not v^T H: differentiate u -> u^T H with respect to u.
             inner = [torch.zeros_like(leaf, requires_grad=True) for leaf in tree.leaves]
             outputs = _arguments.grad(gradient, tree.leaves, tuple(inner), create_graph=True)
-    detached = tree.rebuild(grad.detach() for grad in filled)
-    return value.detach(), detached, LinearMap(tree, outputs, inner, tree.rebuild)
+        elif _graph.has_missing(gradient):
+            # Only a product would find out that a derivative is missing: try one.
+            _arguments.grad(gradient, tree.leaves, tuple(map(torch.zeros_like, filled)), retain_graph=True)
+    return value.detach(), [grad.detach() for grad in filled], outputs, inner
 
 
 def hvps(func: Function, inputs: Any, V: Any, *, chunk_size: int | None = None) -> tuple[Tensor, Any]:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from secondorder import _arguments
 from secondorder._arguments import MaybeTensors, Tensors
-from secondorder.functional import _graph
+from secondorder.functional import _graph, _ladder
 
 Function = Callable[..., Any]
 TensorOrTensors = Tensor | tuple[Tensor, ...]
@@ -183,11 +183,15 @@ def vhp(
         >>> vhp(lambda x: x.pow(3).sum(), x, torch.tensor([1.0, 10.0]))
         (tensor(9.), tensor([  6., 120.]))
     """
-    with torch.enable_grad():
-        point = _differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
-    with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-        product = _back(point, create_graph, strict)
-    return _second_order_results(point, product, create_graph, return_grad, has_aux)
+
+    def compute() -> tuple[Any, ...]:
+        with torch.enable_grad():
+            point = _differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
+        with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
+            product = _back(point, create_graph, strict)
+        return _second_order_results(point, product, create_graph, return_grad, has_aux)
+
+    return _ladder.climb(compute)
 
 
 def hvp(
@@ -238,10 +242,22 @@ def hvp(
         >>> hvp(lambda x: x.pow(3).sum(), x, torch.tensor([1.0, 10.0]))
         (tensor(9.), tensor([  6., 120.]))
     """
-    strategy = _choose(strategy, HVP_STRATEGIES, strict)
-    if strategy == "forward-over-reverse":
-        point, product = _forward_over_reverse(func, inputs, v, create_graph, has_aux)
+    _choose(strategy, HVP_STRATEGIES, strict)
+
+    def compute() -> tuple[Any, ...]:
+        if strategy == "forward-over-reverse":
+            point, product = _forward_over_reverse(func, inputs, v, create_graph, has_aux)
+        else:
+            point, product = _over_reverse(func, inputs, v, create_graph, strict, strategy, has_aux)
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
+
+    return _ladder.climb(compute)
+
+
+def _over_reverse(
+    func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, strategy: str, has_aux: bool
+) -> tuple[_Point, Tensors]:
+    """``H v`` by one backward pass through the gradient, or by the double-backward trick."""
     with torch.enable_grad():
         hooks = _graph.HookCount()
         point = _differentiate(func, inputs, v, create_graph, strict, has_aux, "hvp")
@@ -253,12 +269,10 @@ def hvp(
             duals = tuple(torch.zeros_like(tensor, requires_grad=True) for tensor in point.inputs)
             rows = _arguments.grad(point.gradient, point.inputs, duals, create_graph=True)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-        if strategy == "double-backward":
-            grads = _arguments.grad(rows, duals, point.vector, create_graph=create_graph)
-            product = _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back_trick")
-        else:
-            product = _back(point, create_graph, strict)
-    return _second_order_results(point, product, create_graph, return_grad, has_aux)
+        if strategy == "reverse-over-reverse":
+            return point, _back(point, create_graph, strict)
+        grads = _arguments.grad(rows, duals, point.vector, create_graph=create_graph)
+        return point, _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back_trick")
 
 
 class _Point(NamedTuple):
@@ -279,6 +293,7 @@ def _differentiate(
     inputs = _arguments.fresh_inputs(inputs, create_graph)
     vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, name)
     value, aux = _arguments.call_scalar(func, inputs, name, strict, has_aux)
+    _ladder.refuse_wrong(value)
     gradient = _arguments.grad((value,), inputs, create_graph=True)
     _arguments.require_grad_of_jacobian(gradient, strict)
     return _Point(inputs, is_inputs_tuple, vector, value, gradient, aux)
