@@ -24,6 +24,9 @@ from secondorder.flat import unflatten
 # Cost of a product on the kept graph, in gradients of a deep network.
 PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
 
+# Relative difference between the loss returned and the loss differentiated that is more than rounding.
+MISMATCH = 1e-3
+
 
 class StepReport(NamedTuple):
     """What the last step did.
@@ -140,6 +143,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             evaluation = evaluator.record()
             with torch.enable_grad():
                 operator, description = self._curvature(evaluation)
+        self._check_returned(evaluation)
         counter = Counter(PRODUCT_COST[type(operator)])
         outcome = self._nothing_to_do(evaluation)
         if outcome is None and self._is_direct(operator):
@@ -155,6 +159,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 parameter.add_(part.to(parameter.dtype))
         self.report = self._report(evaluation, outcome, counter, description)
         return evaluation.loss
+
+    def _check_returned(self, evaluation: Evaluation) -> None:
+        """Warn once when the loss that is judged is not the one that was differentiated."""
+        differentiated = float(evaluation.objective.detach())
+        difference = abs(evaluation.value - differentiated)
+        if difference > MISMATCH * max(abs(evaluation.value), abs(differentiated)):
+            self._warn_once(
+                f"closure returned a loss of {evaluation.value:.6g} but called backward on"
+                f" {differentiated:.6g}:"
+                " steps are modelled on the one and judged by the other; return what backward was called on."
+            )
 
     def _nothing_to_do(self, evaluation: Evaluation) -> _Outcome | None:
         if not bool(evaluation.gradient.any()):
@@ -271,9 +286,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """An error in strict mode, else a warning, once, that points at the line that called ``step``."""
         if self.param_groups[0]["strict"]:
             raise RuntimeError(text)
+        self._warn_once(f"{text} {consequence}")
+
+    def _warn_once(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{text} {consequence}", stacklevel=_level_of_caller())
+            warnings.warn(text, stacklevel=_level_of_caller())
 
     @staticmethod
     def _undamped(result: SolveResult, damping: float) -> SolveResult:

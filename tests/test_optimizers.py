@@ -513,3 +513,20 @@ class TestHessianFreeRecipe:
         taken = judge.try_out(Proposal(result, tuple(x[:2]), line_search=True), 1.0)
         assert float(taken.step) == 2.0
         assert trials == [3.0, 2.0, 1.0]
+
+
+def test_a_loss_that_is_not_the_one_differentiated_is_noticed(make):
+    case = zoo.network("mlp_mse")
+    optimizer = make(case.model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = case.value()
+        (loss / 100).backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="called backward on .*return what backward was called on"):
+        optimizer.step(closure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
