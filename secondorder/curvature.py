@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secondorder._backward import pull, pull_rows
 from secondorder.flat import flatten, flatten_rows, unflatten, unflatten_rows
+from secondorder.functional._ladder import refuse_wrong
 from secondorder.operators import LinearOperator
 
 
@@ -64,6 +65,7 @@ class Hessian(_ParameterOperator):
 
     Raises:
         ValueError: ``loss`` is not a scalar with a graph; ``parameters`` is empty, mixed or frozen.
+        RuntimeError: ``loss`` was computed with an operation whose second derivative torch gets wrong.
 
     Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.3 gradients (transformer).
     The graph of the gradient is kept as long as the operator.
@@ -79,6 +81,7 @@ class Hessian(_ParameterOperator):
     def __init__(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
         super().__init__(parameters)
         _check_loss(loss)
+        refuse_wrong(loss)
         grads = torch.autograd.grad(
             loss, self._parameters, torch.ones_like(loss), create_graph=True, allow_unused=True
         )

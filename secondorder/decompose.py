@@ -23,8 +23,9 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
 
     Replaced are: scaled-dot-product attention (the math kernel is forced; so are ``MultiheadAttention`` and
     ``TransformerEncoderLayer``), weight_norm (both APIs), batch, layer, group and instance norm,
-    embedding_bag, mse_loss, huber_loss, soft_margin_loss, cdist, pdist, hardsigmoid, multi_margin_loss and
-    cholesky_inverse. cuDNN is off. Values agree with torch's to rounding.
+    embedding_bag, mse_loss, huber_loss, soft_margin_loss, cdist, pdist, hardsigmoid, multi_margin_loss,
+    cholesky_inverse, and sparse_coo_tensor of values that are differentiated (by a strided tensor). cuDNN
+    is off. Values agree with torch's to rounding.
 
     Cost: some more kernels and intermediate tensors for the operations above; a microsecond for others.
 
@@ -314,8 +315,32 @@ def _bags(input: Tensor, offsets: Tensor | None, include_last: bool) -> tuple[Te
     return torch.searchsorted(starts.contiguous(), positions, right=True) - 1, input, len(starts)
 
 
-_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+def _sparse_coo_tensor(
+    indices: Tensor, values: Any, size: Sequence[int] | None = None, **options: Any
+) -> Tensor:
+    """A strided tensor, when values are differentiated: torch drops the second derivative of a sparse one."""
+    if not (isinstance(values, Tensor) and values.requires_grad):
+        arguments = (indices, values) if size is None else (indices, values, size)
+        return torch.sparse_coo_tensor(*arguments, **options)
+    sparse_dims = [int(rows.max()) + 1 for rows in indices] if size is None else list(size[: len(indices)])
+    dense = values.new_zeros(*sparse_dims, *values.shape[1:])
+    return dense.index_put(tuple(indices), values, accumulate=True)
+
+
+def _sparse_mm(mat1: Tensor, mat2: Tensor) -> Tensor:
+    is_strided = mat1.layout is torch.strided and mat2.layout is torch.strided
+    return mat1 @ mat2 if is_strided else torch.sparse.mm(mat1, mat2)
+
+
+# Their second derivative is wrong in silence: whoever differentiates twice should replace these always.
+WRONG_IN_SILENCE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
+    torch.sparse_coo_tensor: _sparse_coo_tensor,
+    torch.sparse.mm: _sparse_mm,
+}
+
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **WRONG_IN_SILENCE,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.group_norm: _group_norm,

@@ -476,3 +476,25 @@ def test_attention_is_recorded_with_the_math_kernel():
     dense = Hessian(evaluation.objective, [q]).dense()
     assert dense.abs().max() > 0
     torch.testing.assert_close(dense, dense.T, **TOLERANCE)
+
+
+def test_weight_norm_is_decomposed_while_recording():
+    """Torch's own second derivative of it is more than half off."""
+    model = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 2).double())
+    case = zoo.network("mlp_mse")._replace(model=model)
+    parameters = list(model.parameters())
+    evaluation = evaluator(case, closures(case)["backward"]).record()
+    product = Hessian(evaluation.objective, parameters) @ (v := zoo.vector(parameters_size(parameters), 3))
+    slopes = []
+    for step in (1e-5, -1e-5):
+        with trial(parameters, step * v):
+            slopes.append(flatten(torch.autograd.grad(case.value(), parameters)))
+    torch.testing.assert_close(product, (slopes[0] - slopes[1]) / 2e-5, rtol=1e-6, atol=1e-7)
+    with pytest.raises(
+        RuntimeError, match="second derivative of weight_norm is wrong in torch; compute the loss"
+    ):
+        Hessian(case.value(), parameters)
+
+
+def parameters_size(parameters):
+    return sum(p.numel() for p in parameters)

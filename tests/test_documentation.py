@@ -15,6 +15,7 @@ import torch
 
 import optim
 import secondorder
+import secondorder.functional
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,7 +29,7 @@ MODULES = sorted(
         for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
     }
 )
-PUBLIC = [(package, name) for package in PACKAGES for name in package.__all__]
+PUBLIC = [(package, name) for package in (*PACKAGES, secondorder.functional) for name in package.__all__]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from optim.closure.losses import LossLog
+from secondorder.decompose import WRONG_IN_SILENCE
 
 _BACKWARD = {func: inspect.signature(func) for func in (Tensor.backward, torch.autograd.backward)}
 _IN_PLACE_OPERATORS = {
@@ -44,6 +45,8 @@ _NORMS = (F.batch_norm, F.instance_norm)
 class Record(TorchFunctionMode):
     """Keeps the graphs of backward passes, and notes their roots and the known losses.
 
+    Operations whose second derivative torch gets wrong in silence (weight_norm) are decomposed.
+
     Attributes:
         roots: Tensors on which ``backward`` was called.
         root_gradients: The gradient that each was given, ones by default.
@@ -66,7 +69,8 @@ class Record(TorchFunctionMode):
             return self._backward(func, *args, **kwargs)
         if func is torch.autograd.grad or any(_is_transformed(arg) for arg in args):
             self.differentiates = True
-        result = func(*args, **kwargs) if self._guard is None else self._guard.call(func, args, kwargs)
+        run = WRONG_IN_SILENCE.get(func, func)
+        result = run(*args, **kwargs) if self._guard is None else self._guard.call(run, args, kwargs)
         return self.log.see(func, args, kwargs, result)
 
     def _backward(self, func: Any, *args: Any, **kwargs: Any) -> None:

@@ -17,11 +17,14 @@ T = TypeVar("T")
 # What autograd says, in C++ and in derivatives.yaml's words.
 _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+).* is not implemented")
 # Nodes whose second derivative is wrong in silence (torch 2.13, against finite differences).
-_WRONG = {"WeightNormInterfaceBackward0": "weight_norm"}
+_WRONG = {
+    "WeightNormInterfaceBackward0": "weight_norm",
+    "SparseCooTensorWithDimsAndTensorsBackward0": "sparse_coo_tensor",
+}
 
 
 class WrongDerivativeError(RuntimeError):
-    """The graph holds an operation whose second derivative is known to be wrong."""
+    """The graph holds an operation whose second derivative torch gets wrong in silence."""
 
 
 def refuse_wrong(value: Tensor) -> None:
@@ -29,7 +32,10 @@ def refuse_wrong(value: Tensor) -> None:
     for node in _graph.nodes((value,)):
         name = _WRONG.get(node.name())
         if name is not None:
-            raise WrongDerivativeError(f"the second derivative of {name} is wrong in torch")
+            raise WrongDerivativeError(
+                f"the second derivative of {name} is wrong in torch; compute the loss inside"
+                " secondorder.decompose.decompose()."
+            )
 
 
 def climb(compute: Callable[[], T]) -> T:
