@@ -13,6 +13,7 @@ import warnings
 
 import torch
 import torch.autograd.functional as reference
+import zoo
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -26,20 +27,6 @@ DTYPES = [torch.float64] * 5 + [torch.float32, torch.complex128]
 # The same operations in another order: rounding of the precision in which the function computes, on
 # numbers of size 1 to 100.
 DOUBLE, SINGLE = 1e-10, 2e-4
-
-
-class Skewed(torch.autograd.Function):
-    """Its backward is not the gradient of anything: the "Hessian" is not symmetric."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sum()
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return g * x.flip(0) * torch.arange(1.0, x.numel() + 1, dtype=x.dtype).view(x.shape)
 
 
 def dense(x):
@@ -89,7 +76,7 @@ SCALARS = {
     "in_place": in_place,
     "detached_factor": lambda xs: mixed(xs) * dense(xs[0]).detach().sum(),
     "random": lambda xs: mixed(xs) * torch.rand((), dtype=torch.float64),
-    "skewed": lambda xs: Skewed.apply(dense(xs[0])) * scalars(xs)[-1],
+    "skewed": lambda xs: zoo.Skewed.apply(dense(xs[0])) * scalars(xs)[-1],
     "hooked": hooked,
     "real_of_complex": lambda xs: sum((dense(x) * dense(x).conj()).real.sum() for x in xs) ** 2,
     "norm": lambda xs: sum(torch.linalg.vector_norm(dense(x) + 1.5) for x in xs),

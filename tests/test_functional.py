@@ -5,6 +5,7 @@ import oracles
 import pytest
 import torch
 import torch.autograd.functional as reference
+import zoo
 from torch import Tensor
 
 import secondorder.functional as ours
@@ -214,13 +215,14 @@ def test_user_tensors_are_untouched(name):
     with torch.no_grad():
         getattr(ours, name)(func, x, *vector)
         assert not torch.is_grad_enabled()
+    state_after = torch.get_rng_state()
     assert len(calls) == 1
     assert x.grad is None
     assert x.requires_grad
     assert torch.equal(captured.grad, torch.ones(2, dtype=torch.float64))
     torch.set_rng_state(random_state)
     torch.rand(())
-    assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
+    assert torch.equal(torch.get_rng_state(), state_after)
 
 
 @pytest.mark.parametrize("name", ["vhp", "hvp", "hessian"])
@@ -240,21 +242,10 @@ def test_third_derivative_through_the_result(name):
 def test_unsymmetric_second_derivative_of_a_custom_function():
     """``hvp`` and ``vhp`` differ where a custom backward is not a gradient, as in torch."""
 
-    class Skewed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.sum()
-
-        @staticmethod
-        def backward(ctx, g):
-            (x,) = ctx.saved_tensors
-            return g * torch.stack([x[1] ** 2, x[0] ** 3])
-
     x, v = make(2), make(2, seed=1)
-    compare("hvp", Skewed.apply, x, v)
-    compare("vhp", Skewed.apply, x, v)
-    assert not torch.allclose(ours.hvp(Skewed.apply, x, v)[1], ours.vhp(Skewed.apply, x, v)[1])
+    compare("hvp", zoo.Skewed.apply, x, v)
+    compare("vhp", zoo.Skewed.apply, x, v)
+    assert not torch.allclose(ours.hvp(zoo.Skewed.apply, x, v)[1], ours.vhp(zoo.Skewed.apply, x, v)[1])
 
 
 def test_gradient_by_finite_differences(problem):

@@ -174,3 +174,17 @@ def _with_spectrum(values: Tensor, seed: int) -> Tensor:
 
 def vector(n: int, seed: int) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+class Skewed(torch.autograd.Function):
+    """Its backward is not the gradient of anything: the "Hessian" is not symmetric."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.flip(0) * torch.arange(1.0, x.numel() + 1, dtype=x.dtype).view(x.shape)
