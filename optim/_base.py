@@ -78,7 +78,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: one ``step`` for all of them."""
 
     report: StepReport | None = None
-    _warned = False
+    # Kinds of the warnings given so far: each is given once.
+    _warned: frozenset[str] = frozenset()
 
     @abstractmethod
     def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
@@ -143,7 +144,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             evaluation = evaluator.record()
             with torch.enable_grad():
                 operator, description = self._curvature(evaluation)
-        self._check_returned(evaluation)
+            self._check_returned(evaluation)
         counter = Counter(PRODUCT_COST[type(operator)])
         outcome = self._nothing_to_do(evaluation)
         if outcome is None and self._is_direct(operator):
@@ -166,9 +167,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         difference = abs(evaluation.value - differentiated)
         if difference > MISMATCH * max(abs(evaluation.value), abs(differentiated)):
             self._warn_once(
+                "mismatch",
                 f"closure returned a loss of {evaluation.value:.6g} but called backward on"
-                f" {differentiated:.6g}:"
-                " steps are modelled on the one and judged by the other; return what backward was called on."
+                f" {differentiated:.6g}: steps are modelled on the one and judged by the other;"
+                " return what backward was called on.",
             )
 
     def _nothing_to_do(self, evaluation: Evaluation) -> _Outcome | None:
@@ -286,11 +288,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """An error in strict mode, else a warning, once, that points at the line that called ``step``."""
         if self.param_groups[0]["strict"]:
             raise RuntimeError(text)
-        self._warn_once(f"{text} {consequence}")
+        self._warn_once("coverage", f"{text} {consequence}")
 
-    def _warn_once(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned |= {kind}
             warnings.warn(text, stacklevel=_level_of_caller())
 
     @staticmethod

@@ -9,6 +9,8 @@ import math
 
 # Rounding of a computed loss, in units of eps * abs(loss): below it a decrease means nothing.
 NOISE_FACTOR = 10.0
+# A loss that sums terms larger than itself is seen to change by more than the rounding of its value; with
+# three-hump camel a step was rejected for ever.
 CANCELLATION = 100.0
 
 # A step is taken when rho exceeds this (Nielsen 1999, section 2).
@@ -63,8 +65,8 @@ def nielsen_damping(damping: float, growth: float, rho: float) -> tuple[float, f
 def trust_radius(radius: float, rho: float, step_norm: float) -> float:
     """Radius for the next trial: a quarter below rho = 1/4, 5/2 above 3/4 for a step that reached it.
 
-    Reference: Conn, Gould and Toint (2000), Trust-region methods, section 17.1. The constants took the
-    fewest evaluations on the problems of Moré, Garbow and Hillstrom.
+    Reference: Conn, Gould and Toint (2000), Trust-region methods, section 17.1, whose intervals the
+    constants lie in.
     """
     if not rho >= 0.25:
         shorter = min(radius, step_norm) if step_norm > 0 else radius

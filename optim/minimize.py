@@ -27,7 +27,7 @@ MESSAGES = {
     "radius": "the trust radius fell below the spacing of numbers at x; is fun smooth there?",
     "max_iter": "the iteration limit came first; raise max_iter",
     "non_finite": "gradient or Hessian at x are not finite, or span more than the range of numbers",
-    "unbounded": "fun went below -1e30: it seems to have no minimum",
+    "unbounded": "fun fell by 1e30 times max(1, abs(fun(x0))): it seems to have no minimum",
     "running": "an intermediate point, as a callback sees it",
     "stopped": "the callback asked to stop",
 }

@@ -7,19 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from secondorder.ladder import explained
+
+# Here the graph is all there is: the function behind it can not be run again.
+_REMEDY = "the graph is given; compute it inside secondorder.decompose.decompose()"
+
 
 def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
     """``v^T d outputs / d inputs``; zeros where there is no path. The graph is kept."""
-    grads = torch.autograd.grad(
-        outputs, inputs, v, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    with explained(_REMEDY):
+        grads = torch.autograd.grad(
+            outputs, inputs, v, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
     return list(grads)
 
 
 def pull_rows(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
     """As ``pull`` for a batch: a leading dimension on every ``v`` and on every result."""
-    grads = torch.autograd.grad(
-        outputs, inputs, v, retain_graph=True, allow_unused=True, is_grads_batched=True
-    )
+    with explained(_REMEDY):
+        grads = torch.autograd.grad(
+            outputs, inputs, v, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
     k = v[0].shape[0]
     return [x.new_zeros((k, *x.shape)) if g is None else g for g, x in zip(grads, inputs, strict=True)]

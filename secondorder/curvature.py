@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secondorder._backward import pull, pull_rows
 from secondorder.flat import flatten, flatten_rows, unflatten, unflatten_rows
-from secondorder.functional._ladder import refuse_wrong
+from secondorder.graph import refuse_wrong
 from secondorder.operators import LinearOperator
 
 

@@ -332,23 +332,12 @@ def _sparse_mm(mat1: Tensor, mat2: Tensor) -> Tensor:
     return mat1 @ mat2 if is_strided else torch.sparse.mm(mat1, mat2)
 
 
-# Their second derivative is wrong in silence: whoever differentiates twice should replace these always.
-WRONG_IN_SILENCE: dict[Callable[..., Any], Callable[..., Any]] = {
+# Their second derivative is missing or, of the first three, wrong in silence: whoever differentiates twice
+# may replace these always.
+WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     torch.sparse_coo_tensor: _sparse_coo_tensor,
     torch.sparse.mm: _sparse_mm,
-}
-
-_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **WRONG_IN_SILENCE,
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
-    F.batch_norm: _batch_norm,
-    F.mse_loss: _mse_loss,
-    F.huber_loss: _huber_loss,
-    F.soft_margin_loss: _soft_margin_loss,
     F.multi_margin_loss: _multi_margin_loss,
     F.hardsigmoid: _hardsigmoid,
     F.embedding_bag: _embedding_bag,
@@ -357,4 +346,16 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.pdist: _pdist,
     torch.cholesky_inverse: _cholesky_inverse,
     Tensor.cholesky_inverse: _cholesky_inverse,
+}
+
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **WITHOUT_SECOND_DERIVATIVE,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    F.batch_norm: _batch_norm,
+    F.mse_loss: _mse_loss,
+    F.huber_loss: _huber_loss,
+    F.soft_margin_loss: _soft_margin_loss,
 }

@@ -205,10 +205,16 @@ def _check_data(data: tuple[Tensor, Tensor], name: str) -> None:
 
 def _check_deterministic(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        is_random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else _own_dropout(module)
         is_batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if module.training and (is_random or is_batch):
+        if module.training and (rate > 0 or is_batch):
             raise ValueError(
                 f"model must not depend on chance or on the batch, got {type(module).__name__} {name!r} in"
                 " training mode; call model.eval() first."
             )
+
+
+def _own_dropout(module: nn.Module) -> float:
+    """The rate of a module that drops out by itself, as LSTM and MultiheadAttention do."""
+    rate = getattr(module, "dropout", 0.0)
+    return float(rate) if isinstance(rate, int | float) else 0.0

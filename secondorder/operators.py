@@ -180,7 +180,7 @@ class MatrixOperator(LinearOperator):
     @cached_property
     def spectrum(self) -> Spectrum:
         """Eigendecomposition of the symmetric part."""
-        return spectrum(self._matrix, self._matrix[0] if len(self._matrix) else self._matrix.view(0))
+        return spectrum(self._matrix, self._matrix.new_zeros(len(self._matrix)))
 
 
 class FunctionOperator(LinearOperator):

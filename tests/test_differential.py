@@ -13,9 +13,10 @@ import secondorder.functional
 CASES = 3000
 ARGUMENTS = "_arguments.py"
 PRODUCTS = "functional/products.py"
+SECOND_ORDER = "functional/_second_order.py"
 MATRICES = "functional/matrices.py"
 STRATEGIES = "functional/_strategies.py"
-GRAPH = "functional/_graph.py"
+GRAPH = "graph.py"
 
 # What is broken: the file, the text, and what stands there instead.
 MUTANTS = {
@@ -72,7 +73,7 @@ MUTANTS = {
     ),
     "results_are_always_tuples": (ARGUMENTS, "return results if is_tuple else results[0]", "return results"),
     "v_is_checked_after_the_call": (
-        PRODUCTS,
+        SECOND_ORDER,
         "    vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, name)\n    value, aux = _arguments.call_scalar(func, inputs, name, strict, has_aux)\n",
         "    value, aux = _arguments.call_scalar(func, inputs, name, strict, has_aux)\n    vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, name)\n",
     ),
@@ -87,7 +88,7 @@ MUTANTS = {
         '    with torch.enable_grad():\n        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "vjp")',
         '    if True:\n        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "vjp")',
     ),
-    "hvp_is_called_vhp_in_errors": (PRODUCTS, 'has_aux, "hvp")', 'has_aux, "vhp")'),
+    "hvp_is_called_vhp_in_errors": (SECOND_ORDER, 'has_aux, "hvp")', 'has_aux, "vhp")'),
     "jvp_forgets_v": (
         PRODUCTS,
         "columns = _arguments.grad(grads, duals, vector,",
@@ -151,7 +152,9 @@ def test_a_broken_variant_is_caught(name, tmp_path, monkeypatch):
     target = tmp_path / package
     (target / "functional").mkdir(parents=True)
     (target / "__init__.py").touch()
-    needed = [source / name for name in (ARGUMENTS, "_backward.py", "decompose.py")]
+    needed = [
+        source / name for name in (ARGUMENTS, GRAPH, "_backward.py", "decompose.py", "guard.py", "ladder.py")
+    ]
     for path in (*needed, *(source / "functional").glob("*.py")):
         text = path.read_text(encoding="utf-8").replace("from secondorder", f"from {package}")
         if str(path.relative_to(source)) == file:

@@ -159,6 +159,8 @@ def test_bad_input(fitted):
         call(curvature="fisher")
     with pytest.raises(ValueError, match=r"got Dropout '1' in training mode; call model.eval\(\) first"):
         call(model=torch.nn.Sequential(model, torch.nn.Dropout(0.5)))
+    with pytest.raises(ValueError, match="got LSTM '0' in training mode"):
+        call(model=torch.nn.Sequential(torch.nn.LSTM(8, 8, 2, dropout=0.1), model))
     frozen = torch.nn.Linear(8, 2).double().requires_grad_(False)
     with pytest.raises(ValueError, match="model must have a parameter that requires gradients"):
         call(model=frozen)

@@ -10,9 +10,12 @@ ROOT = Path(__file__).parent.parent
 # Each file may import only from the entries above its own.
 ORDER = [
     "secondorder._arguments",
-    "secondorder._backward",
     "secondorder.flat",
+    "secondorder.graph",
+    "secondorder.guard",
     "secondorder.decompose",
+    "secondorder.ladder",
+    "secondorder._backward",
     "secondorder.functional",
     "secondorder.products",
     "secondorder.solvers",

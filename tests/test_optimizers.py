@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import oracles
 import pytest
@@ -530,3 +531,60 @@ def test_a_loss_that_is_not_the_one_differentiated_is_noticed(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(closure)
+
+
+def test_a_warning_that_is_made_an_error_leaves_everything_as_it_was():
+    case = zoo.network("mlp_mse")
+    optimizer = optim.HessianFree(case.model.parameters())
+    before = [p.detach().clone() for p in case.model.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = case.value()
+        (loss / 100).backward()
+        return loss
+
+    with pytest.raises(UserWarning, match="called backward on"):
+        optimizer.step(closure)
+    for parameter, old in zip(case.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+        assert parameter.grad is None
+
+
+def test_one_warning_does_not_silence_another():
+    case = zoo.network("mlp_mse")
+    optimizer = optim.GaussNewton(case.model.parameters())
+
+    def closure(factor):
+        optimizer.zero_grad()
+        loss = (case.model(case.inputs) - case.targets).abs().pow(3).mean()
+        (loss / factor).backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="GaussNewton found|closure returned") as caught:
+        optimizer.step(partial(closure, 100))
+    kinds = [str(warning.message).split()[1] for warning in caught]
+    assert sorted(kinds) == ["found", "returned"]
+
+
+@pytest.mark.parametrize("operation", ["cdist", "hardsigmoid", "embedding_bag"])
+def test_operations_without_a_second_derivative_are_trained_through(operation):
+    torch.manual_seed(0)
+    table = torch.nn.Parameter(torch.randn(6, 3, dtype=torch.float64))
+    targets, points = zoo.vector(4, 1), zoo.vector(12, 2).view(4, 3)
+    outputs = {
+        "cdist": lambda: torch.cdist(points, table).mean(1),
+        "hardsigmoid": lambda: F.hardsigmoid(points @ table.T).mean(1),
+        "embedding_bag": lambda: F.embedding_bag(torch.arange(4).view(4, 1), table).exp().mean(1),
+    }[operation]
+    for optimizer in (optim.HessianFree([table]), optim.Newton([table])):
+
+        def closure(optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.mse_loss(outputs(), targets)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+        assert optimizer.report.accepted
+        assert optimizer.report.new_loss < loss

@@ -214,6 +214,43 @@ class TestDirect:
         torch.testing.assert_close(direct(operator, b).x, direct(A, b).x)
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e5, 1e7])
+@pytest.mark.parametrize("solver", [direct, lambda A, b: trust_region(A, b, 1e9)], ids=["direct", "tr"])
+def test_dense_solvers_claim_the_residual_that_they_have(solver, condition):
+    """The one in coordinates of eigenvectors is smaller than the true one by the rounding of those."""
+    A, b = zoo.spd_matrix(100, condition, 3).float(), zoo.vector(100, 4).float()
+    result = solver(A, b)
+    true = (b.double() - A.double() @ result.x.double()).norm()
+    assert result.residual_norm == pytest.approx(float(true), rel=0.2)
+
+
+@given(st.integers(1, 5), SEEDS, st.floats(-8, 8), st.floats(-8, 8), st.floats(-6, 6), st.booleans())
+def test_trust_region_stays_within_the_radius_at_any_scale(n, seed, size_of_A, size_of_b, size, single):
+    dtype = torch.float32 if single else torch.float64
+    A, b = matrix_of(n, seed, "indefinite").to(dtype), zoo.vector(n, seed + 1).to(dtype)
+    radius = 10.0**size
+    result = trust_region(A * 10.0**size_of_A, b * 10.0**size_of_b, radius)
+    length = float(result.x.norm())
+    assert length <= 1.101 * radius
+    if result.status in ("boundary", "hard_case"):
+        assert length >= 0.899 * radius
+
+
+def test_trust_region_whose_root_lies_closer_to_the_floor_than_numbers_are_spaced():
+    """It once gave a step a quarter longer than the radius."""
+    A = torch.tensor([[-3044168.7325322544]], dtype=torch.float64)
+    b = torch.tensor([-9.848018728895867e-09], dtype=torch.float64)
+    result = trust_region(A, b, 8.220020199380697)
+    assert (result.status, float(result.x)) == ("hard_case", pytest.approx(-8.220020199380697))
+
+
+def test_trust_region_says_that_it_left_out_a_part_of_the_right_hand_side():
+    A = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    result = trust_region(A, torch.tensor([1.0, 1e-13], dtype=torch.float64), 1e3)
+    assert result.status == "singular"
+    assert result.residual_norm == pytest.approx(1e-13)
+
+
 SOLVERS = {
     "cg": cg,
     "steihaug": lambda A, b: steihaug(A, b, 1.0),

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optim.closure.losses import Coverage, cover, explicit, refuse_reentrant_checkpoint
-from optim.closure.modes import Record, Value, WriteGuard
+from optim.closure.modes import Record, Value
 from secondorder.flat import flatten, unflatten
+from secondorder.guard import RandomState, WriteGuard
 
 Closure = Callable[[], Any]
 
@@ -52,7 +53,7 @@ class ClosureEvaluator:
     def __init__(self, closure: Closure, parameters: Sequence[Tensor]) -> None:
         self._closure = closure
         self._parameters = tuple(parameters)
-        self._random = _RandomState(self._parameters)
+        self._random = RandomState(parameter.device for parameter in self._parameters)
         self._differentiates = False
 
     @contextlib.contextmanager
@@ -167,43 +168,6 @@ def trial(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
     finally:
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.data = original
-
-
-class _RandomState:
-    """The random state of the devices that the parameters live on, to be replayed."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        types = {parameter.device for parameter in parameters if parameter.device.type not in ("cpu", "meta")}
-        self._devices = sorted(types, key=str)
-        self._saved: list[Tensor] = []
-
-    def save(self) -> None:
-        self._saved = self._read()
-
-    def restore(self) -> None:
-        """Put the saved state back."""
-        self._write(self._saved)
-
-    @contextlib.contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Start from the saved state; afterwards the present one is back."""
-        present = self._read()
-        try:
-            self._write(self._saved)
-            yield
-        finally:
-            self._write(present)
-
-    def _read(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        for device in self._devices:
-            states.append(torch.get_device_module(device).get_rng_state(device))
-        return states
-
-    def _write(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for device, state in zip(self._devices, states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secondorder import Block
+from secondorder import Block, graph
 
-# Convex in their first argument, whatever the others are.
+# Convex in their first argument, for constant targets and weights that are not negative.
 _CONVEX: dict[Callable[..., Any], str] = {
     F.cross_entropy: "cross_entropy",
     F.mse_loss: "mse_loss",
@@ -197,20 +197,11 @@ def reached(roots: Sequence[Tensor], stops: Sequence[Tensor], wanted: Sequence[T
 
 def refuse_reentrant_checkpoint(roots: Sequence[Tensor]) -> None:
     """Raise RuntimeError where a reentrant checkpoint hides a part of the graph from second derivatives."""
-    stack = [root.grad_fn for root in roots]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                "a reentrant checkpoint hides the graph from second derivatives; call"
-                " torch.utils.checkpoint.checkpoint with use_reentrant=False."
-            )
-        following = [edge[0] for edge in node.next_functions if edge[0] not in seen]
-        seen.update(following)
-        stack += following
+    if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes(roots)):
+        raise RuntimeError(
+            "a reentrant checkpoint hides the graph from second derivatives; call"
+            " torch.utils.checkpoint.checkpoint with use_reentrant=False."
+        )
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:

@@ -35,13 +35,13 @@ def check_derivatives(func: Function, inputs: Any, *, order: int = 2, tolerance:
         order: 1 or 2.
         tolerance: Relative error allowed.
 
+    Returns:
+        None: it is an assertion.
+
     Raises:
         TypeError: ``inputs`` hold something else than floating-point tensors.
         ValueError: ``inputs`` are not in float64; ``order`` is neither 1 nor 2.
         RuntimeError: a derivative is wrong or missing; names order, error and operation.
-
-    Returns:
-        None: it is an assertion.
 
     Cost: four evaluations (order 1) and four gradients (order 2), and as much for every operation when
     there is something to name.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder import _arguments
+from secondorder import _arguments, graph, ladder
+from secondorder._arguments import Tensors
 from secondorder._backward import pull, pull_rows
-from secondorder.functional import _graph, _ladder
 from secondorder.functional._tree import Tree, scalar
 
 Function = Callable[..., Any]
@@ -125,12 +125,26 @@ def linearize(func: Function, inputs: Any) -> tuple[Any, LinearMap]:
         tensor([ 2., 40.])
     """
     tree = Tree.of(inputs, "linearize")
-    is_tuple, outputs = _arguments.as_tuple(tree.call(func), _arguments.OUTPUTS, "linearize")
-    with torch.enable_grad():
-        duals = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        pulled = _arguments.grad(outputs, tree.leaves, tuple(duals), create_graph=True)
+    is_tuple, outputs, pulled, duals = ladder.climb(lambda: _kept_rows(func, tree))
     value = _arguments.give_back(outputs, is_tuple, False)
     return value, LinearMap(tree, pulled, duals, lambda parts: tuple(parts) if is_tuple else parts[0])
+
+
+def _kept_rows(func: Function, tree: Tree) -> tuple[bool, Tensors, _arguments.MaybeTensors, Tensors]:
+    """Outputs, and the graph of ``u -> J^T u`` with its ``u``."""
+    is_tuple, outputs = _arguments.as_tuple(tree.call(func), _arguments.OUTPUTS, "linearize")
+    with torch.enable_grad():
+        duals = tuple(torch.zeros_like(output, requires_grad=True) for output in outputs)
+        pulled = _arguments.grad(outputs, tree.leaves, duals, create_graph=True)
+    _try_product(pulled, duals)
+    return is_tuple, outputs, pulled, duals
+
+
+def _try_product(outputs: _arguments.MaybeTensors, inputs: Tensors) -> None:
+    """Only a product finds out that a derivative is missing: try one where it may be."""
+    if graph.has_missing(outputs):
+        live = tuple(output for output in outputs if output is not None)
+        _arguments.grad(live, inputs, tuple(map(torch.zeros_like, live)), retain_graph=True)
 
 
 def linearize_grad(func: Function, inputs: Any) -> tuple[Tensor, Any, LinearMap]:
@@ -158,30 +172,27 @@ def linearize_grad(func: Function, inputs: Any) -> tuple[Tensor, Any, LinearMap]
         tensor([  6., 120.])
     """
     tree = Tree.of(inputs, "linearize_grad")
-    value, gradient, outputs, inner = _ladder.climb(lambda: _kept_gradient(func, tree))
+    value, gradient, outputs, inner = ladder.climb(lambda: _kept_gradient(func, tree))
     return value, tree.rebuild(gradient), LinearMap(tree, outputs, inner, tree.rebuild)
 
 
 def _kept_gradient(
     func: Function, tree: Tree
-) -> tuple[Tensor, list[Tensor], Sequence[Tensor | None], Sequence[Tensor]]:
+) -> tuple[Tensor, list[Tensor], _arguments.MaybeTensors, Tensors]:
     """Value, gradient, and the graph whose backward multiplies by the Hessian."""
-    hooks = _graph.HookCount()
+    hooks = graph.HookCount()
     value = scalar(tree.call(func), "linearize_grad")
-    _ladder.refuse_wrong(value)
+    graph.refuse_wrong(value)
     with torch.enable_grad():
         gradient = _arguments.grad((value,), tree.leaves, create_graph=True)
         filled = _arguments.fill_zeros(gradient, tree.leaves, False, True, "back")
-        outputs: Sequence[Tensor | None] = gradient
-        inner: Sequence[Tensor] = tree.leaves
+        outputs, inner = gradient, tree.leaves
         is_real = not any(leaf.is_complex() for leaf in tree.leaves)
-        if hooks.has_grown() or not is_real or not _graph.is_symmetric((value, *gradient)):
+        if hooks.has_grown() or not is_real or not graph.is_symmetric((value, *gradient)):
             # H v, not v^T H: differentiate u -> u^T H with respect to u.
-            inner = [torch.zeros_like(leaf, requires_grad=True) for leaf in tree.leaves]
-            outputs = _arguments.grad(gradient, tree.leaves, tuple(inner), create_graph=True)
-        elif _graph.has_missing(gradient):
-            # Only a product would find out that a derivative is missing: try one.
-            _arguments.grad(gradient, tree.leaves, tuple(map(torch.zeros_like, filled)), retain_graph=True)
+            inner = tuple(torch.zeros_like(leaf, requires_grad=True) for leaf in tree.leaves)
+            outputs = _arguments.grad(gradient, tree.leaves, inner, create_graph=True)
+        _try_product(outputs, inner)
     return value.detach(), [grad.detach() for grad in filled], outputs, inner
 
 

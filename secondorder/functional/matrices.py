@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder import _arguments
+from secondorder import _arguments, graph, ladder
 from secondorder._arguments import Outputs, Tensors
-from secondorder.functional import _ladder, _strategies
+from secondorder.functional import _strategies
 from secondorder.functional._strategies import Blocks
 
 Function = Callable[..., Any]
@@ -135,7 +135,7 @@ def hessian(
 
     def gradient(*points: Tensor) -> tuple[Tensors, tuple[Tensor, Any]]:
         value, aux = _arguments.call_scalar(func, points, "hessian", strict, has_aux)
-        _ladder.refuse_wrong(value)
+        graph.refuse_wrong(value)
         grads = _arguments.grad((value,), points, create_graph=True)
         grads = _arguments.fill_zeros(grads, points, False, True, "back")
         _arguments.require_grad_of_jacobian(grads, strict)
@@ -143,7 +143,7 @@ def hessian(
 
     options = _Options(create_graph, strict, vectorize, outer_jacobian_strategy, chunk_size)
     push = _gradient_for_forward_mode(func, has_aux) if forward else gradient
-    _, outputs, blocks = _ladder.climb(lambda: _blocks(push, inputs, options, has_aux=True))
+    _, outputs, blocks = ladder.climb(lambda: _blocks(push, inputs, options, has_aux=True))
     value, aux = outputs.aux
     results = [_unpack(blocks, is_inputs_tuple, is_inputs_tuple)]
     if return_output:

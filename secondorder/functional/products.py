@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secondorder import _arguments
-from secondorder._arguments import MaybeTensors, Tensors
-from secondorder.functional import _graph, _ladder
+from secondorder import _arguments, ladder
+from secondorder._arguments import Tensors
+from secondorder.functional import _second_order
+from secondorder.functional._second_order import Point
 
 Function = Callable[..., Any]
 TensorOrTensors = Tensor | tuple[Tensor, ...]
 
 JVP_STRATEGIES = ("double-backward", "forward-mode")
-HVP_STRATEGIES = ("auto", "double-backward", "reverse-over-reverse", "forward-over-reverse")
+HVP_STRATEGIES = (
+    "auto",
+    "double-backward",
+    "reverse-over-reverse",
+    "forward-over-reverse",
+    "finite-differences",
+)
 
 
 def vjp(
@@ -120,28 +127,19 @@ def jvp(
         (tensor([1., 4.]), tensor([ 2., 40.]))
     """
     forward = _choose(strategy, JVP_STRATEGIES, strict) == "forward-mode"
-    with torch.enable_grad():
-        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jvp")
-        inputs = _arguments.fresh_inputs(inputs, create_graph)
-        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
-        if forward:
-            found, product = _push(func, inputs, vector, has_aux)
-        else:
-            found = _arguments.call(func, inputs, "jvp", strict, has_aux)
-            # The backward pass is linear in these: any finite value will do.
-            duals = tuple(torch.zeros_like(output, requires_grad=True) for output in found.tensors)
-            grads = _arguments.grad(found.tensors, inputs, duals, create_graph=True)
-            _arguments.require_grad_of_grad_inputs(grads, strict)
 
-    if not forward:
-        with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-            columns = _arguments.grad(grads, duals, vector, create_graph=create_graph)
-            product = _arguments.fill_zeros(columns, found.tensors, strict, create_graph, "back_trick")
-    results = (
-        _arguments.give_back(found.tensors, found.is_tuple, create_graph),
-        _arguments.give_back(product, found.is_tuple, create_graph),
-    )
-    return (*results, _arguments.give_back_aux(found.aux, create_graph)) if has_aux else results
+    def compute() -> tuple[Any, ...]:
+        if forward:
+            found, product = _push(func, inputs, v, create_graph, has_aux)
+        else:
+            found, product = _double_backward(func, inputs, v, create_graph, strict, has_aux)
+        results = (
+            _arguments.give_back(found.tensors, found.is_tuple, create_graph),
+            _arguments.give_back(product, found.is_tuple, create_graph),
+        )
+        return (*results, _arguments.give_back_aux(found.aux, create_graph)) if has_aux else results
+
+    return ladder.climb(compute)
 
 
 def vhp(
@@ -176,7 +174,8 @@ def vhp(
         RuntimeError: ``v`` is missing or has the wrong sizes; the output is not one tensor with one
             element; ``strict`` found no dependence.
 
-    Cost: about 2.5 gradients, 1.3 of them for the second backward pass.
+    Cost: about 2.5 gradients, 1.3 of them for the second backward pass. Where a second derivative is missing
+    or known to be wrong ``func`` is called once more, under ``decompose()``.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -186,12 +185,12 @@ def vhp(
 
     def compute() -> tuple[Any, ...]:
         with torch.enable_grad():
-            point = _differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
+            point = _second_order.differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
         with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-            product = _back(point, create_graph, strict)
+            product = _second_order.back(point, create_graph, strict)
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
 
-    return _ladder.climb(compute)
+    return ladder.climb(compute)
 
 
 def hvp(
@@ -221,7 +220,9 @@ def hvp(
             returning zeros.
         strategy: "auto"; "reverse-over-reverse", the product of ``vhp``; "double-backward", what
             ``torch.autograd.functional.hvp`` does; "forward-over-reverse", which fails on operations
-            without a forward derivative.
+            without a forward derivative; "finite-differences" of gradients, for functions without a second
+            derivative: two thirds of the digits where ``func`` varies on the scale of ``norm(inputs)`` or
+            one, the larger; real inputs only, no ``create_graph``.
         return_grad: Return the gradient as well, which is computed anyway.
         has_aux: ``func`` returns ``(value, aux)``; ``aux`` is passed on as the last result.
 
@@ -235,7 +236,9 @@ def hvp(
         RuntimeError: ``v`` is missing or has the wrong sizes; the output is not one tensor with one
             element; ``strict`` found no dependence, or was asked of forward mode.
 
-    Cost: about 2.5 gradients; 3.5 with the double-backward trick.
+    Cost: about 2.5 gradients; 3.5 with the double-backward trick; 3 with finite differences. Where a second
+    derivative is missing or known to be wrong ``func`` is called once more, under ``decompose()``, with the
+    random state of the first call.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -246,72 +249,20 @@ def hvp(
 
     def compute() -> tuple[Any, ...]:
         if strategy == "forward-over-reverse":
-            point, product = _forward_over_reverse(func, inputs, v, create_graph, has_aux)
+            point, product = _second_order.forward_over_reverse(func, inputs, v, create_graph, has_aux)
+        elif strategy == "finite-differences":
+            point, product = _second_order.finite_differences(func, inputs, v, create_graph, has_aux)
         else:
-            point, product = _over_reverse(func, inputs, v, create_graph, strict, strategy, has_aux)
+            point, product = _second_order.over_reverse(
+                func, inputs, v, create_graph, strict, strategy, has_aux
+            )
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
 
-    return _ladder.climb(compute)
-
-
-def _over_reverse(
-    func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, strategy: str, has_aux: bool
-) -> tuple[_Point, Tensors]:
-    """``H v`` by one backward pass through the gradient, or by the double-backward trick."""
-    with torch.enable_grad():
-        hooks = _graph.HookCount()
-        point = _differentiate(func, inputs, v, create_graph, strict, has_aux, "hvp")
-        if strategy == "auto":
-            is_plain = not strict and not hooks.has_grown() and _is_real_and_dense(point)
-            symmetric = is_plain and _graph.is_symmetric((point.value, *point.gradient))
-            strategy = "reverse-over-reverse" if symmetric else "double-backward"
-        if strategy == "double-backward":
-            duals = tuple(torch.zeros_like(tensor, requires_grad=True) for tensor in point.inputs)
-            rows = _arguments.grad(point.gradient, point.inputs, duals, create_graph=True)
-    with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-        if strategy == "reverse-over-reverse":
-            return point, _back(point, create_graph, strict)
-        grads = _arguments.grad(rows, duals, point.vector, create_graph=create_graph)
-        return point, _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back_trick")
-
-
-class _Point(NamedTuple):
-    """A scalar function at a point, with its gradient in the graph."""
-
-    inputs: Tensors
-    is_inputs_tuple: bool
-    vector: Tensors | None
-    value: Tensor
-    gradient: MaybeTensors
-    aux: Any
-
-
-def _differentiate(
-    func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, has_aux: bool, name: str
-) -> _Point:
-    is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", name)
-    inputs = _arguments.fresh_inputs(inputs, create_graph)
-    vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, name)
-    value, aux = _arguments.call_scalar(func, inputs, name, strict, has_aux)
-    _ladder.refuse_wrong(value)
-    gradient = _arguments.grad((value,), inputs, create_graph=True)
-    _arguments.require_grad_of_jacobian(gradient, strict)
-    return _Point(inputs, is_inputs_tuple, vector, value, gradient, aux)
-
-
-def _back(point: _Point, create_graph: bool, strict: bool) -> Tensors:
-    """``v^T H``: one backward pass through the gradient."""
-    grads = _arguments.grad(point.gradient, point.inputs, point.vector, create_graph=create_graph)
-    return _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back")
-
-
-def _is_real_and_dense(point: _Point) -> bool:
-    tensors = (*point.inputs, *(point.vector or ()))
-    return not any(tensor.is_complex() or tensor.layout is not torch.strided for tensor in tensors)
+    return ladder.climb(compute)
 
 
 def _second_order_results(
-    point: _Point, product: Tensors, create_graph: bool, return_grad: bool, has_aux: bool
+    point: Point, product: Tensors, create_graph: bool, return_grad: bool, has_aux: bool
 ) -> tuple[Any, ...]:
     results = [
         _arguments.give_back((point.value,), False, create_graph),
@@ -328,45 +279,40 @@ def _second_order_results(
 def _choose(strategy: str, choices: tuple[str, ...], strict: bool) -> str:
     if strategy not in choices:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, choices))}, got {strategy!r}.")
-    if strict and strategy.startswith("forward"):
+    if strict and strategy.startswith(("forward", "finite")):
         raise RuntimeError(
             f"strict=True needs reverse mode, got strategy={strategy!r}; leave one of them out."
         )
     return strategy
 
 
+def _double_backward(
+    func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, has_aux: bool
+) -> tuple[_arguments.Outputs, Tensors]:
+    """Outputs and ``J v`` by differentiating ``u -> u^T J``."""
+    with torch.enable_grad():
+        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jvp")
+        inputs = _arguments.fresh_inputs(inputs, create_graph)
+        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
+        found = _arguments.call(func, inputs, "jvp", strict, has_aux)
+        # The backward pass is linear in these: any finite value will do.
+        duals = tuple(torch.zeros_like(output, requires_grad=True) for output in found.tensors)
+        grads = _arguments.grad(found.tensors, inputs, duals, create_graph=True)
+        _arguments.require_grad_of_grad_inputs(grads, strict)
+    with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
+        columns = _arguments.grad(grads, duals, vector, create_graph=create_graph)
+        return found, _arguments.fill_zeros(columns, found.tensors, strict, create_graph, "back_trick")
+
+
 def _push(
-    func: Function, inputs: Tensors, vector: Tensors | None, has_aux: bool
+    func: Function, inputs: Any, v: Any, create_graph: bool, has_aux: bool
 ) -> tuple[_arguments.Outputs, Tensors]:
     """Outputs and ``J v`` by forward mode."""
-    with forward_ad.dual_level():
-        found = _arguments.call(func, _duals(inputs, vector), "jvp", False, has_aux)
+    with torch.enable_grad(), forward_ad.dual_level():
+        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jvp")
+        inputs = _arguments.fresh_inputs(inputs, create_graph)
+        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
+        found = _arguments.call(func, _second_order.duals(inputs, vector), "jvp", False, has_aux)
         parts = [forward_ad.unpack_dual(output) for output in found.tensors]
         product = tuple(torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in parts)
         return found._replace(tensors=tuple(part.primal for part in parts)), product
-
-
-def _forward_over_reverse(
-    func: Function, inputs: Any, v: Any, create_graph: bool, has_aux: bool
-) -> tuple[_Point, Tensors]:
-    """The gradient on dual numbers; its tangent is ``H v``."""
-    with torch.enable_grad(), forward_ad.dual_level():
-        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "hvp")
-        inputs = _arguments.fresh_inputs(inputs, create_graph)
-        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "hvp")
-        duals = _duals(inputs, vector)
-        value, aux = _arguments.call_scalar(func, duals, "hvp", False, has_aux)
-        # Without a graph the tangent of this gradient would be wrong for solve and det (torch 2.13).
-        grads = _arguments.grad((value,), duals, create_graph=True)
-        grads = _arguments.fill_zeros(grads, inputs, False, False, "back")
-        parts = [forward_ad.unpack_dual(grad) for grad in grads]
-        product = tuple(torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in parts)
-        gradient = tuple(part.primal for part in parts)
-        value = forward_ad.unpack_dual(value).primal
-    return _Point(inputs, is_inputs_tuple, vector, value, gradient, aux), product
-
-
-def _duals(inputs: Tensors, vector: Tensors | None) -> Tensors:
-    # Forward mode refuses tensors whose elements share memory, as expanded ones do.
-    tangents = [torch.ones_like(inputs[0])] if vector is None else [t.contiguous() for t in vector]
-    return tuple(forward_ad.make_dual(x.contiguous(), t) for x, t in zip(inputs, tangents, strict=True))

@@ -18,10 +18,12 @@ class Spectrum(NamedTuple):
     Attributes:
         values: Eigenvalues, ascending, shape (n,).
         vectors: Orthonormal eigenvectors as columns, shape (n, n).
+        matrix: ``A`` itself, shape (n, n), for residuals that are true.
     """
 
     values: Tensor
     vectors: Tensor
+    matrix: Tensor
 
     @property
     def rounding(self) -> float:
@@ -53,7 +55,17 @@ def spectrum(A: Any, like: Tensor) -> Spectrum:
     matrix = dense(A, like)
     if not bool(matrix.isfinite().all()):
         raise ValueError("A must be finite, got a matrix with NaN or infinity.")
-    return Spectrum(*torch.linalg.eigh(matrix))
+    values, vectors = torch.linalg.eigh(matrix)
+    return Spectrum(values, vectors, matrix)
+
+
+def eigen_of(A: Any, b: Tensor) -> tuple[Spectrum, int]:
+    """The checked system's ``Spectrum``, and the products that it took."""
+    if isinstance(A, Spectrum):
+        check_system(A.matrix, b)
+        return A, 0
+    check_system(A, b)
+    return spectrum(A, b), 0 if isinstance(A, Tensor) else b.numel()
 
 
 def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
@@ -71,47 +83,43 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
         ``SolveResult`` with ``status`` "converged" (positive definite on the range of ``b``),
         "negative_curvature" (``x`` is a stationary point, not a minimiser; ``direction`` is the lowest
         eigenvector), "singular" (``b`` has a part outside the range: the residual is not zero) or
-        "non_finite" (``b`` holds NaN or infinity).
-        ``residual_norm`` is that of the damped system; ``quadratic`` is ``x^T A x`` without damping.
+        "non_finite" (``b`` holds NaN or infinity). A status other than "singular" promises a residual of
+        the size of rounding, ``eps * n * norm(A) * norm(x)``; ``residual_norm`` is what it really is, of
+        the damped system. ``quadratic`` is ``x^T A x`` without damping.
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
         ValueError: shapes do not fit; ``A`` holds NaN or infinity.
 
-    Cost: that of ``spectrum``, or ``4 n^2`` operations when ``A`` is one.
+    Cost: that of ``spectrum``, or ``6 n^2`` operations when ``A`` is one.
 
     Example:
         >>> result = direct(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1.0, 2.0]))
         >>> result.x, result.status
         (tensor([2.0000, 1.0000]), 'negative_curvature')
     """
-    products = 0 if isinstance(A, Tensor | Spectrum) else b.numel()
-    if isinstance(A, Spectrum):
-        eigen = A
-        check_system(eigen.vectors, b)
-    else:
-        check_system(A, b)
-        eigen = spectrum(A, b)
-    values, vectors = eigen
-    shifted = values + damping
-    along = vectors.T @ b
+    eigen, products = eigen_of(A, b)
+    shifted = eigen.values + damping
+    along = eigen.vectors.T @ b
     kept = shifted.abs() > eigen.rounding
-    coordinates = torch.where(kept, along / torch.where(kept, shifted, 1.0), 0.0)
-    residual_norm = float((along - shifted * coordinates).norm())
+    x = eigen.vectors @ torch.where(kept, along / torch.where(kept, shifted, 1.0), 0.0)
+    Ax = eigen.matrix @ x
+    residual_norm = float((b - Ax - damping * x).norm())
+    dropped = float(along[~kept].norm())
     lowest = float(shifted[0]) if shifted.numel() else 0.0
     status = "converged"
     if not math.isfinite(residual_norm):
         status = "non_finite"
     elif lowest < -eigen.rounding:
         status = "negative_curvature"
-    elif not residual_norm <= 10 * torch.finfo(b.dtype).eps * b.numel() * float(b.norm()):
+    elif dropped > 10 * torch.finfo(b.dtype).eps * b.numel() * float(b.norm()):
         status = "singular"
     return SolveResult(
-        vectors @ coordinates,
+        x,
         status,
         iterations=0,
         residual_norm=residual_norm,
-        quadratic=float((values * coordinates).dot(coordinates)),
+        quadratic=float(x.dot(Ax)),
         products=products,
-        direction=vectors[:, 0] if status == "negative_curvature" else None,
+        direction=eigen.vectors[:, 0] if status == "negative_curvature" else None,
     )

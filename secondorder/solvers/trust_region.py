@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_radius, check_system
+from secondorder.solvers._checks import check_radius
 from secondorder.solvers._result import SolveResult
-from secondorder.solvers.direct import Spectrum, spectrum
+from secondorder.solvers.direct import eigen_of
 
 # A step whose length is within a tenth of the radius is as good as one on it (Conn, Gould and Toint,
 # section 7.3.10); more accuracy buys no outer iteration.
@@ -35,16 +35,17 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
         radius: Trust radius, Euclidean, positive.
 
     Returns:
-        ``SolveResult`` with ``status`` "converged" (interior), "boundary", "hard_case", or "non_finite"
+        ``SolveResult`` with ``status`` "converged" (interior), "boundary", "hard_case", "singular" (interior,
+        with the part of ``b`` left out along which ``A`` vanishes to rounding), or "non_finite"
         (``b`` holds NaN or infinity, or the numbers overflow), and ``shift``.
-        ``residual_norm`` is that of the shifted system; ``direction`` is the lowest eigenvector where
-        its eigenvalue is negative.
+        ``residual_norm`` is that of the shifted system, recomputed; ``direction`` is the lowest eigenvector
+        where its eigenvalue is negative.
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
         ValueError: shapes do not fit; ``A`` holds NaN or infinity; ``radius`` is not positive.
 
-    Cost: that of ``spectrum``, or ``4 n^2`` operations when ``A`` is one; two host reads.
+    Cost: that of ``spectrum``, or ``6 n^2`` operations when ``A`` is one.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, -1.0]])
@@ -53,28 +54,23 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
         ('hard_case', 1.0)
     """
     check_radius(radius)
-    products = 0 if isinstance(A, Tensor | Spectrum) else b.numel()
-    if isinstance(A, Spectrum):
-        check_system(A.vectors, b)
-        eigen = A
-    else:
-        check_system(A, b)
-        eigen = spectrum(A, b)
+    eigen, products = eigen_of(A, b)
     along = eigen.vectors.T @ b
     # The root is scalar work: on the host, in float64, whatever the device.
     values, target = eigen.values.double().cpu(), along.double().cpu()
     coordinates, shift, status, iterations = _minimise(values, target, radius, eigen.rounding, b.dtype)
-    quadratic = float((values * coordinates).dot(coordinates))
-    residual_norm = float((target - (values + shift) * coordinates).norm())
+    x = eigen.vectors @ coordinates.to(b)
+    Ax = eigen.matrix @ x
+    residual_norm = float((b - Ax - shift * x).norm())
     lowest_is_negative = values.numel() > 0 and float(values[0]) < -eigen.rounding
     if not math.isfinite(residual_norm):
         status = "non_finite"
     return SolveResult(
-        eigen.vectors @ coordinates.to(b),
+        x,
         status,
         iterations,
         residual_norm,
-        quadratic,
+        float(x.dot(Ax)),
         products,
         direction=eigen.vectors[:, 0] if lowest_is_negative else None,
         shift=shift,
@@ -96,17 +92,30 @@ def _minimise(
     lowest_space = values - lowest <= 10 * rounding
     rest = torch.where(lowest_space, 0.0, target / torch.where(lowest_space, 1.0, values + floor))
     # Below this, the part of the target in the lowest space does not move the shift off its floor.
-    missed = torch.finfo(dtype).eps * values.numel() * float(target.norm()) + rounding * radius
-    if lowest <= rounding and float(target[lowest_space].norm()) <= missed:
+    part, precision = torch.where(lowest_space, target, 0.0), torch.finfo(dtype).eps * values.numel()
+    missing = precision * float(target.norm())
+    if lowest <= rounding and float(part.norm()) <= missing + rounding * radius:
         length = float(rest.norm())
-        gap = (radius - length) * (radius + length)
-        if lowest >= -rounding and gap >= 0:
-            return rest, floor, "converged", 0
-        if gap >= 0:
-            rest[0] += math.copysign(math.sqrt(gap), float(target[0]))
-            return rest, floor, "hard_case", 0
+        if lowest >= -rounding and length <= radius:
+            return rest, floor, "converged" if float(part.norm()) <= missing else "singular", 0
+        if length <= radius:
+            return _complete(rest, part, radius), floor, "hard_case", 0
     shift, iterations = _find_shift(values, target, radius, floor)
-    return target / (values + shift), shift, "boundary", iterations
+    x = target / (values + shift)
+    if not abs(float(x.norm()) - radius) <= LENGTH_TOLERANCE * radius and float(rest.norm()) <= radius:
+        # The shift lies closer to its floor than numbers are spaced there: the hard case, to rounding.
+        return _complete(rest, part, radius), floor, "hard_case", iterations
+    return x, shift, "boundary", iterations
+
+
+def _complete(rest: Tensor, part: Tensor, radius: float) -> Tensor:
+    """``rest`` and, along ``part`` of the lowest space, as much as leads to the radius."""
+    length, norm = float(rest.norm()), float(part.norm())
+    missing = math.sqrt((radius - length) * (radius + length))
+    if norm > 0:
+        return rest + part * (missing / norm)
+    rest[0] += missing
+    return rest
 
 
 def _find_shift(values: Tensor, target: Tensor, radius: float, floor: float) -> tuple[float, int]:

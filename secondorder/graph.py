@@ -1,4 +1,4 @@
-"""What the graph of a gradient says about its Hessian."""
+"""What a graph says before it is differentiated: symmetric, without a derivative, wrong, hooked."""
 
 from __future__ import annotations
 
@@ -42,6 +42,28 @@ _WITHOUT_DERIVATIVE = {
 def has_missing(gradient: Iterable[Tensor | None]) -> bool:
     """Whether a backward pass through a gradient may meet an operation without a derivative."""
     return any(node.name() in _WITHOUT_DERIVATIVE for node in nodes(gradient))
+
+
+# Nodes whose second derivative is wrong in silence (torch 2.13, against finite differences).
+_WRONG = {
+    "WeightNormInterfaceBackward0": "weight_norm",
+    "SparseCooTensorWithDimsAndTensorsBackward0": "sparse_coo_tensor",
+}
+
+
+class WrongDerivativeError(RuntimeError):
+    """The graph holds an operation whose second derivative torch gets wrong in silence."""
+
+
+def refuse_wrong(value: Tensor) -> None:
+    """Raise WrongDerivativeError where the graph of ``value`` holds a node that is known to be wrong."""
+    for node in nodes((value,)):
+        name = _WRONG.get(node.name())
+        if name is not None:
+            raise WrongDerivativeError(
+                f"the second derivative of {name} is wrong in torch; compute the loss inside"
+                " secondorder.decompose.decompose()."
+            )
 
 
 def _is_custom(node: Node) -> bool:
