@@ -52,7 +52,8 @@ class _ParameterOperator(LinearOperator):
                     f"parameters must share dtype and device, got {first.dtype} on {first.device} and "
                     f"{parameter.dtype} on {parameter.device}."
                 )
-        super().__init__(sum(p.numel() for p in self._parameters), first.dtype, first.device)
+        n = sum(p.numel() for p in self._parameters)
+        super().__init__((n, n), first.dtype, first.device)
 
 
 class Hessian(_ParameterOperator):

@@ -1,35 +1,48 @@
-"""Linear operators on flat vectors: ``A @ v``, algebra, ``dense()``.
+"""Linear operators on flat vectors: ``A @ v``, algebra, ``dense()``, ``solve()``.
 
-A subclass gives ``_matvec``; everything else follows from it. Vectors have shape ``(n,)``, blocks of
-``k`` vectors ``(n, k)``.
+A subclass gives ``_matvec``, and ``_rmatvec`` where it is not symmetric; everything else follows. Vectors
+have shape ``(n,)``, blocks of ``k`` vectors ``(n, k)``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any, overload
 
+import numpy as np
+import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from secondorder.solvers import Spectrum, spectrum
+from secondorder.solvers import SolveResult, Spectrum, cg, direct, lsmr, minres, spectrum
+from secondorder.solvers._checks import looks_symmetric
+
+Product = Callable[[Tensor], Tensor]
+
+# Up to here an eigendecomposition is cheaper than CG on an ill-conditioned system, and says more.
+DIRECT_LIMIT = 500
 
 
 class LinearOperator(ABC):
-    """A symmetric linear map on vectors of shape ``(n,)``.
+    """A linear map from vectors of shape ``(n,)`` to vectors of shape ``(m,)``.
 
     Attributes:
-        shape: ``(n, n)``.
+        shape: ``(m, n)``.
         dtype: Of the vectors it takes and gives.
         device: Of the vectors it takes and gives.
+        is_symmetric: Whether it equals its transpose; solvers rely on it.
 
-    ``A @ v`` takes a vector or a block; ``A + B``, ``A - B``, ``c * A`` and ``-A`` are operators;
-    ``A + c`` with a number adds ``c I``, with a vector of shape ``(n,)`` adds a diagonal.
+    ``A @ v`` takes a vector or a block, ``A @ B`` composes; ``A.T`` is the transpose; ``A + B``, ``A - B``,
+    ``c * A`` and ``-A`` are operators; ``A + c`` with a number adds ``c I``, with a vector of shape ``(n,)``
+    a diagonal. Nothing is computed before a product is asked for.
     """
 
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = (n, n)
+    is_symmetric = True
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
         self.dtype = dtype
         self.device = device
 
@@ -41,13 +54,33 @@ class LinearOperator(ABC):
         """The product with a block of shape (n, k), checked before."""
         return torch.stack([self._matvec(v) for v in V.T], dim=1)
 
-    def __matmul__(self, v: Tensor) -> Tensor:
-        """``A @ v`` for ``v`` of shape (n,) or (n, k).
+    def _rmatvec(self, u: Tensor) -> Tensor:
+        """The product of the transpose with one vector of shape (m,), checked before."""
+        if self.is_symmetric:
+            return self._matvec(u)
+        raise NotImplementedError(f"{type(self).__name__} has no transpose; give it a method _rmatvec.")
+
+    def _rmatmat(self, U: Tensor) -> Tensor:
+        """The product of the transpose with a block of shape (m, k), checked before."""
+        if self.is_symmetric:
+            return self._matmat(U)
+        return torch.stack([self._rmatvec(u) for u in U.T], dim=1)
+
+    @overload
+    def __matmul__(self, v: Tensor) -> Tensor: ...
+
+    @overload
+    def __matmul__(self, v: LinearOperator) -> LinearOperator: ...
+
+    def __matmul__(self, v: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        """``A @ v`` for ``v`` of shape (n,) or (n, k); the composition for an operator.
 
         Raises:
-            TypeError: ``v`` is not a tensor, or of another dtype.
+            TypeError: ``v`` is not a tensor or an operator, or of another dtype.
             ValueError: ``v`` has another length, or is on another device.
         """
+        if isinstance(v, LinearOperator):
+            return self._composed(v)
         if not isinstance(v, Tensor):
             raise TypeError(f"v must be a tensor, got {type(v).__name__}.")
         n = self.shape[1]
@@ -59,37 +92,181 @@ class LinearOperator(ABC):
             raise ValueError(f"v must be on {self.device}, got {v.device}; move it with v.to(A.device).")
         if v.ndim == 1:
             return self._matvec(v)
-        return self._matmat(v) if v.shape[1] else v.new_zeros(v.shape)
+        return self._matmat(v) if v.shape[1] else v.new_zeros((self.shape[0], 0))
+
+    @cached_property
+    def T(self) -> LinearOperator:  # noqa: N802 - as a tensor's
+        """The transpose."""
+        if self.is_symmetric:
+            return self
+        transposed = _Derived((self.shape[1], self.shape[0]), self, self._times_transposed, self.__matmul__)
+        transposed.__dict__["T"] = self
+        return transposed
+
+    def _times_transposed(self, u: Tensor) -> Tensor:
+        return self._rmatvec(u) if u.ndim == 1 else self._rmatmat(u)
 
     def dense(self, chunk_size: int = 128) -> Tensor:
-        """The matrix, shape (n, n): ``n`` products, ``chunk_size`` at a time."""
+        """The matrix, shape (m, n): ``n`` products, ``chunk_size`` at a time."""
+        columns = [self @ basis for basis in self._basis(chunk_size)]
+        if not columns:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return torch.cat(columns, dim=1)
+
+    def diagonal(self, chunk_size: int = 128) -> Tensor:
+        """The diagonal of a square operator, shape (n,): ``n`` products, ``chunk_size`` at a time.
+
+        Raises:
+            ValueError: the operator is not square.
+        """
+        self._require_square("diagonal")
+        parts = [(basis * (self @ basis)).sum(0) for basis in self._basis(chunk_size)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype, device=self.device)
+
+    def _basis(self, chunk_size: int) -> Iterator[Tensor]:
+        """The identity, ``chunk_size`` columns at a time."""
+        if not (isinstance(chunk_size, int) and chunk_size >= 1):
+            raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
         n = self.shape[1]
-        columns = []
         for start in range(0, n, chunk_size):
-            stop = min(start + chunk_size, n)
-            basis = torch.zeros(n, stop - start, dtype=self.dtype, device=self.device)
+            basis = torch.zeros(n, min(chunk_size, n - start), dtype=self.dtype, device=self.device)
             basis.diagonal(-start).fill_(1)
-            columns.append(self @ basis)
-        return (
-            torch.cat(columns, dim=1) if columns else torch.zeros(0, 0, dtype=self.dtype, device=self.device)
-        )
+            yield basis
+
+    def _require_square(self, what: str) -> None:
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(f"{what} needs a square operator, got shape {self.shape}.")
+
+    def solve(
+        self,
+        b: Tensor,
+        *,
+        solver: str = "auto",
+        damping: float = 0.0,
+        rtol: float = 1e-5,
+        max_iter: int | None = None,
+        M: Any = None,
+    ) -> SolveResult:
+        """Solve ``(A + damping I) x = b``; in the least-squares sense where ``A`` is not symmetric.
+
+        Args:
+            b: Right-hand side, shape (m,) or (m, k).
+            solver: "cg" for a definite operator, "minres" for an indefinite one, "direct", which forms the
+                matrix, "lsmr" for one that is not symmetric; "auto" takes "direct" for a symmetric operator
+                of up to 500 rows, "cg" for a larger one, "lsmr" for the rest.
+            damping: Multiple of the identity that is added; for "lsmr" of ``A^T A``.
+            rtol: Stop when ``norm(b - A x) <= rtol * norm(b)``.
+            max_iter: Iterations allowed; the solver's default when None.
+            M: Preconditioner, ``M @ r`` close to the solution; for "cg" and "minres".
+
+        Returns:
+            ``SolveResult``; its ``status`` says what happened, for a block ``columns`` for each column.
+
+        Raises:
+            ValueError: ``solver`` is unknown or does not fit; ``damping`` is negative.
+
+        Cost: that of the solver; "direct", ``n`` products and ``9 n^3`` operations.
+
+        Example:
+            >>> MatrixOperator(torch.tensor([[2.0, 0.0], [0.0, 4.0]])).solve(torch.ones(2)).x
+            tensor([0.5000, 0.2500])
+        """
+        if not damping >= 0:
+            raise ValueError(f"damping must be non-negative, got {damping}.")
+        if solver == "auto":
+            small = self.shape[0] <= DIRECT_LIMIT
+            solver = "lsmr" if not self.is_symmetric else "direct" if small and M is None else "cg"
+        if M is not None and solver not in ("cg", "minres"):
+            raise ValueError(
+                f"M is for solver='cg' or 'minres', got solver={solver!r}; leave one of them out."
+            )
+        if solver == "direct":
+            return direct(self, b, damping=damping)
+        if solver == "lsmr":
+            return lsmr(self, b, damping=damping, rtol=rtol, max_iter=max_iter)
+        if solver not in ("cg", "minres"):
+            raise ValueError(
+                f"solver must be one of 'auto', 'cg', 'minres', 'direct', 'lsmr', got {solver!r}."
+            )
+        iterate = cg if solver == "cg" else minres
+        system = self + damping if damping else self
+        return iterate(system, b, M=M, rtol=rtol, max_iter=max_iter)
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """A ``scipy.sparse.linalg.LinearOperator`` that takes and gives NumPy arrays, on the CPU."""
+        products = {
+            name: self._on_arrays(function)
+            for name, function in (
+                ("matvec", self.__matmul__),
+                ("matmat", self.__matmul__),
+                ("rmatvec", self.T.__matmul__),
+                ("rmatmat", self.T.__matmul__),
+            )
+        }
+        dtype = torch.zeros(0, dtype=self.dtype).numpy().dtype
+        return scipy.sparse.linalg.LinearOperator(self.shape, dtype=dtype, **products)
+
+    def _on_arrays(self, function: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+        def product(array: np.ndarray) -> np.ndarray:
+            v = torch.as_tensor(np.ascontiguousarray(array)).to(device=self.device, dtype=self.dtype)
+            result: np.ndarray = function(v).detach().cpu().numpy()
+            return result
+
+        return product
 
     def __add__(self, other: LinearOperator | Tensor | float) -> LinearOperator:
         if isinstance(other, LinearOperator):
-            return _Sum(self, other)
+            _require_equal(self, other, "shape", "dtype", "device")
+            is_symmetric = self.is_symmetric and other.is_symmetric
+            backward = None if is_symmetric else lambda u: self.T @ u + other.T @ u
+            return _Derived(self.shape, self, lambda v: self @ v + other @ v, backward)
         if isinstance(other, Tensor | float | int):
-            return _Shifted(self, other)
+            return self._shifted(other)
         return NotImplemented
 
     __radd__ = __add__
 
+    def _shifted(self, shift: Tensor | float) -> LinearOperator:
+        """``A + diag(shift)``; a number stands for that multiple of the identity."""
+        self._require_square("adding a number or a diagonal")
+        n = self.shape[0]
+        if isinstance(shift, Tensor) and shift.ndim > 0 and tuple(shift.shape) != (n,):
+            raise ValueError(f"shift must be a number or have shape ({n},), got {tuple(shift.shape)}.")
+
+        def times(v: Tensor) -> Tensor:
+            if isinstance(shift, Tensor) and shift.ndim == 1 and v.ndim == 2:
+                return shift[:, None] * v
+            return shift * v
+
+        backward = None if self.is_symmetric else lambda u: self.T @ u + times(u)
+        return _Derived(self.shape, self, lambda v: self @ v + times(v), backward)
+
+    def _composed(self, other: LinearOperator) -> LinearOperator:
+        """``A @ B``; known to be symmetric where ``B`` is the transpose of ``A``."""
+        _require_equal(self, other, "dtype", "device")
+        if self.shape[1] != other.shape[0]:
+            raise ValueError(f"A and B must fit for A @ B, got shapes {self.shape} and {other.shape}.")
+        is_symmetric = other is self.T or other.T is self
+        backward = None if is_symmetric else lambda u: other.T @ (self.T @ u)
+        shape = (self.shape[0], other.shape[1])
+        return _Derived(shape, self, lambda v: self @ (other @ v), backward)
+
     def __sub__(self, other: LinearOperator | Tensor | float) -> LinearOperator:
         return self + (-1.0 * other)
 
+    def __rsub__(self, other: Tensor | float) -> LinearOperator:
+        return -self + other
+
     def __mul__(self, factor: float) -> LinearOperator:
-        return _Scaled(self, factor) if isinstance(factor, float | int) else NotImplemented
+        if not isinstance(factor, float | int):
+            return NotImplemented
+        backward = None if self.is_symmetric else lambda u: factor * (self.T @ u)
+        return _Derived(self.shape, self, lambda v: factor * (self @ v), backward)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> LinearOperator:
+        return self * (1 / divisor) if isinstance(divisor, float | int) else NotImplemented
 
     def __neg__(self) -> LinearOperator:
         return -1.0 * self
@@ -98,62 +275,45 @@ class LinearOperator(ABC):
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
 
 
-class _Sum(LinearOperator):
-    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
-        for name in ("shape", "dtype", "device"):
-            ours, theirs = getattr(first, name), getattr(second, name)
-            if ours != theirs:
-                raise ValueError(f"A and B must have one {name}, got {ours} and {theirs}.")
-        super().__init__(first.shape[0], first.dtype, first.device)
-        self._first, self._second = first, second
+class _Derived(LinearOperator):
+    """An operator made of others: a function of vectors or blocks, and one for its transpose."""
+
+    def __init__(
+        self, shape: tuple[int, int], like: LinearOperator, forward: Product, backward: Product | None
+    ) -> None:
+        super().__init__(shape, like.dtype, like.device)
+        self.is_symmetric = backward is None
+        self._forward, self._backward = forward, forward if backward is None else backward
 
     def _matvec(self, v: Tensor) -> Tensor:
-        return self._first @ v + self._second @ v
+        return self._forward(v)
 
     def _matmat(self, V: Tensor) -> Tensor:
-        return self._matvec(V)
+        return self._forward(V)
+
+    def _rmatvec(self, u: Tensor) -> Tensor:
+        return self._backward(u)
+
+    def _rmatmat(self, U: Tensor) -> Tensor:
+        return self._backward(U)
 
 
-class _Scaled(LinearOperator):
-    def __init__(self, base: LinearOperator, factor: float) -> None:
-        super().__init__(base.shape[0], base.dtype, base.device)
-        self._base, self._factor = base, factor
-
-    def _matvec(self, v: Tensor) -> Tensor:
-        return self._factor * (self._base @ v)
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        return self._matvec(V)
-
-
-class _Shifted(LinearOperator):
-    """``A + diag(shift)``; a number stands for that multiple of the identity."""
-
-    def __init__(self, base: LinearOperator, shift: Tensor | float) -> None:
-        n = base.shape[0]
-        if isinstance(shift, Tensor) and shift.ndim > 0 and tuple(shift.shape) != (n,):
-            raise ValueError(f"shift must be a number or have shape ({n},), got {tuple(shift.shape)}.")
-        super().__init__(n, base.dtype, base.device)
-        self._base, self._shift = base, shift
-
-    def _matvec(self, v: Tensor) -> Tensor:
-        return self._base @ v + self._shift * v
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        shift = self._shift
-        if isinstance(shift, Tensor) and shift.ndim == 1:
-            shift = shift[:, None]
-        return self._base @ V + shift * V
+def _require_equal(first: LinearOperator, second: LinearOperator, *names: str) -> None:
+    for name in names:
+        ours, theirs = getattr(first, name), getattr(second, name)
+        if ours != theirs:
+            raise ValueError(f"A and B must have one {name}, got {ours} and {theirs}.")
 
 
 class MatrixOperator(LinearOperator):
-    """An operator from a symmetric matrix.
+    """An operator from a matrix.
 
     Args:
-        matrix: Shape (n, n).
+        matrix: Shape (m, n).
+        is_symmetric: Whether it is; looked at when None, up to ``sqrt(eps)`` of the largest entry.
 
     Attributes:
-        spectrum: Its eigendecomposition, computed once, when first asked for.
+        spectrum: Its eigendecomposition, where it is symmetric, computed once, when first asked for.
 
     Example:
         >>> A = MatrixOperator(torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
@@ -161,10 +321,12 @@ class MatrixOperator(LinearOperator):
         tensor([2., 3.])
     """
 
-    def __init__(self, matrix: Tensor) -> None:
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"matrix must have shape (n, n), got {tuple(matrix.shape)}.")
-        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+    def __init__(self, matrix: Tensor, is_symmetric: bool | None = None) -> None:
+        if not isinstance(matrix, Tensor) or matrix.ndim != 2:
+            shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise ValueError(f"matrix must be a tensor of shape (m, n), got {shape}.")
+        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
+        self.is_symmetric = looks_symmetric(matrix) if is_symmetric is None else is_symmetric
         self._matrix = matrix
 
     def _matvec(self, v: Tensor) -> Tensor:
@@ -173,9 +335,20 @@ class MatrixOperator(LinearOperator):
     def _matmat(self, V: Tensor) -> Tensor:
         return self._matrix @ V
 
+    def _rmatvec(self, u: Tensor) -> Tensor:
+        return self._matrix.T @ u
+
+    def _rmatmat(self, U: Tensor) -> Tensor:
+        return self._matrix.T @ U
+
     def dense(self, chunk_size: int = 128) -> Tensor:
         """The matrix itself."""
         return self._matrix
+
+    def diagonal(self, chunk_size: int = 128) -> Tensor:
+        """Its diagonal."""
+        self._require_square("diagonal")
+        return self._matrix.diagonal()
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -187,8 +360,10 @@ class FunctionOperator(LinearOperator):
     """An operator from a function ``v -> A v``.
 
     Args:
-        function: Takes and returns a vector of shape (n,).
+        function: Takes a vector of shape (n,), returns one of shape (m,).
         like: A vector of shape (n,) that gives length, dtype and device.
+        transpose: Takes a vector of shape (m,), returns ``A^T u`` of shape (n,); None if symmetric.
+        rows: ``m``; ``n`` when None.
 
     Example:
         >>> A = FunctionOperator(lambda v: 2 * v, torch.zeros(3))
@@ -196,9 +371,19 @@ class FunctionOperator(LinearOperator):
         tensor([3., 3., 3.])
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], like: Tensor) -> None:
-        super().__init__(like.numel(), like.dtype, like.device)
+    def __init__(
+        self, function: Product, like: Tensor, *, transpose: Product | None = None, rows: int | None = None
+    ) -> None:
+        n = like.numel()
+        if transpose is None and rows not in (None, n):
+            raise ValueError(f"transpose must be given for {rows} rows and {n} columns, got None.")
+        super().__init__((n if rows is None else rows, n), like.dtype, like.device)
+        self.is_symmetric = transpose is None
         self._function = function
+        self._transposed = function if transpose is None else transpose
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self._function(v)
+
+    def _rmatvec(self, u: Tensor) -> Tensor:
+        return self._transposed(u)

@@ -41,3 +41,8 @@ def spd_system():
 @pytest.fixture
 def indefinite_system():
     return zoo.indefinite_matrix(30, seed=1), zoo.vector(30, seed=2)
+
+
+@pytest.fixture(params=zoo.SYSTEMS)
+def system(request) -> zoo.System:
+    return zoo.SYSTEMS[request.param]

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 import zoo
 
-from secondorder import FunctionOperator, MatrixOperator
+from secondorder import FunctionOperator, LinearOperator, MatrixOperator
 
 
 @pytest.fixture
@@ -54,10 +56,104 @@ def test_bad_input(pair):
         operator + MatrixOperator(torch.eye(2))
     with pytest.raises(ValueError, match=r"number or have shape \(6,\), got \(2,\)"):
         operator + torch.ones(2)
-    with pytest.raises(ValueError, match=r"shape \(n, n\), got \(2, 3\)"):
-        MatrixOperator(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"shape \(m, n\), got \(2,\)"):
+        MatrixOperator(torch.ones(2))
     with pytest.raises(TypeError):
         operator * operator
+    wide = MatrixOperator(torch.ones(2, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"diagonal needs a square operator, got shape \(2, 3\)"):
+        (wide + wide).diagonal()
+    with pytest.raises(ValueError, match=r"adding a number or a diagonal needs a square operator"):
+        wide + 1.0
+    with pytest.raises(ValueError, match=r"must fit for A @ B, got shapes \(2, 3\) and \(6, 6\)"):
+        wide @ operator
+    with pytest.raises(ValueError, match="chunk_size must be a positive integer, got 0"):
+        operator.dense(chunk_size=0)
+    with pytest.raises(ValueError, match="transpose must be given for 3 rows and 2 columns"):
+        FunctionOperator(lambda v: v, torch.ones(2), rows=3)
+    with pytest.raises(ValueError, match="solver must be one of 'auto', 'cg', 'minres', 'direct', 'lsmr'"):
+        operator.solve(torch.ones(6, dtype=torch.float64), solver="qr")
+    with pytest.raises(ValueError, match="damping must be non-negative, got -1"):
+        operator.solve(torch.ones(6, dtype=torch.float64), damping=-1.0)
+    with pytest.raises(ValueError, match="M is for solver='cg' or 'minres', got solver='direct'"):
+        operator.solve(torch.ones(6, dtype=torch.float64), solver="direct", M=torch.eye(6))
+    with pytest.raises(NotImplementedError, match="has no transpose; give it a method _rmatvec"):
+        Unsymmetric().T @ torch.ones(2)
+
+
+class Unsymmetric(LinearOperator):
+    is_symmetric = False
+
+    def __init__(self):
+        super().__init__((2, 2), torch.float32, torch.device("cpu"))
+
+    def _matvec(self, v):
+        return v.cumsum(0)
+
+
+def test_rectangular_algebra_equals_dense():
+    A, B, S = (zoo.vector(24, seed).view(shape) for seed, shape in ((1, (6, 4)), (2, (6, 4)), (3, (4, 6))))
+    first, second, third = MatrixOperator(A), MatrixOperator(B), MatrixOperator(S)
+    cases = {
+        "sum": (first + second, A + B),
+        "difference": (first - 2 * second, A - 2 * B),
+        "quotient": (first / 2, A / 2),
+        "transpose": (first.T, A.T),
+        "transposed_twice": (first.T.T, A),
+        "transposed_sum": ((first + second).T, (A + B).T),
+        "product": (first @ third, A @ S),
+        "transposed_product": ((first @ third).T, (A @ S).T),
+        "shifted_product": (first @ third + 0.5, A @ S + 0.5 * torch.eye(6, dtype=A.dtype)),
+        "transposed_shifted": ((first @ third + zoo.vector(6, 4)).T, (A @ S).T + zoo.vector(6, 4).diag()),
+        "number_minus": (1.0 - first @ third, torch.eye(6, dtype=A.dtype) - A @ S),
+        "square": (first.T @ first, A.T @ A),
+    }
+    for name, (operator, matrix) in cases.items():
+        assert operator.shape == tuple(matrix.shape)
+        torch.testing.assert_close(operator.dense(), matrix)
+        torch.testing.assert_close(operator.T.dense(), matrix.T)
+        v, u = zoo.vector(matrix.shape[1], 5), zoo.vector(matrix.shape[0], 6)
+        torch.testing.assert_close(operator @ v, matrix @ v)
+        torch.testing.assert_close(operator.T @ u, matrix.T @ u)
+        assert operator.is_symmetric == (name == "square")
+        if matrix.shape[0] == matrix.shape[1]:
+            torch.testing.assert_close(operator.diagonal(chunk_size=3), matrix.diagonal())
+    assert first.T.T is first
+    torch.testing.assert_close(Unsymmetric() @ torch.ones(2, 3), torch.tensor([[1.0] * 3, [2.0] * 3]))
+
+
+def test_scipy_takes_the_operators(pair):
+    eigenvalues = scipy.sparse.linalg.eigsh(pair[3].to_scipy(), k=2, return_eigenvectors=False)
+    np.testing.assert_allclose(sorted(eigenvalues), torch.linalg.eigvalsh(pair[1])[-2:].numpy())
+    A = MatrixOperator(zoo.vector(24, 1).view(6, 4).float())
+    found = A.to_scipy()
+    assert (found.shape, found.dtype) == ((6, 4), np.float32)
+    np.testing.assert_allclose(found @ np.eye(4, dtype=np.float32), A.dense().numpy())
+    np.testing.assert_allclose(
+        found.T @ np.ones(6, dtype=np.float32), (A.T @ torch.ones(6)).numpy(), rtol=1e-5
+    )
+    values = scipy.sparse.linalg.svds(found, k=2, return_singular_vectors=False)
+    np.testing.assert_allclose(sorted(values), torch.linalg.svdvals(A.dense())[:2].flip(0).numpy(), rtol=1e-4)
+
+
+def test_solve_dispatches(pair):
+    A, B, first, second = pair
+    b, block = zoo.vector(6, 7), zoo.vector(12, 8).view(6, 2)
+    for target in (b, block):
+        torch.testing.assert_close(second.solve(target).x, torch.linalg.solve(B, target))
+        for solver in ("cg", "minres", "direct", "lsmr"):
+            result = second.solve(target, solver=solver, rtol=1e-10, damping=0.0)
+            assert result.status == "converged"
+            torch.testing.assert_close(result.x, torch.linalg.solve(B, target))
+            damped = second.solve(target, solver=solver, rtol=1e-10, damping=0.5)
+            matrix = B @ B if solver == "lsmr" else B
+            right = B @ target if solver == "lsmr" else target
+            expected = torch.linalg.solve(matrix + 0.5 * torch.eye(6, dtype=B.dtype), right)
+            torch.testing.assert_close(damped.x, expected)
+    assert first.solve(b, solver="cg").status == "negative_curvature"
+    torch.testing.assert_close(first.solve(b, solver="minres", rtol=1e-10).x, torch.linalg.solve(A, b))
+    assert second.solve(b, solver="cg", M=torch.linalg.inv(B)).iterations == 1
+    assert second.solve(b, M=torch.linalg.inv(B)).iterations == 1
 
 
 def test_repr(pair):

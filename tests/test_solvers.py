@@ -265,9 +265,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"A must be square and fit b: got A of shape \(3, 3\)"):
             solver(torch.eye(3), torch.ones(2))
 
-    def test_block(self, solver):
-        with pytest.raises(ValueError, match=r"b must have shape \(n,\), got \(3, 1\)"):
-            solver(torch.eye(3), torch.ones(3, 1))
+    def test_three_dimensions(self, solver):
+        with pytest.raises(ValueError, match=r"b must have shape \(n,\) or \(n, k\), got \(3, 1, 1\)"):
+            solver(torch.eye(3), torch.ones(3, 1, 1))
 
     def test_mixed_dtypes(self, solver):
         with pytest.raises(TypeError, match=r"one dtype, got torch.float32 and torch.float64"):

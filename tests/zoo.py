@@ -176,6 +176,48 @@ def vector(n: int, seed: int) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
+class System(NamedTuple):
+    """``A x = b``, symmetric; ``kind``: words of "definite indefinite singular inconsistent"."""
+
+    A: Tensor
+    b: Tensor
+    kind: str
+
+
+def _systems() -> dict[str, System]:
+    generic = vector(40, 11)
+    indefinite = indefinite_matrix(40, 5)
+    lowest = torch.linalg.eigh(indefinite)[1][:, 0]
+    ranks = torch.cat([torch.zeros(10), torch.linspace(1, 20, 30)]).to(DOUBLE)
+    singular = _with_spectrum(ranks, 6)
+    singular_indefinite = _with_spectrum(torch.where(torch.arange(40) % 2 == 0, ranks, -ranks), 7)
+    clusters = torch.tensor([1.0, 1e2, 1e4], dtype=DOUBLE).repeat_interleave(10)
+    scales = torch.logspace(-3, 3, 40, dtype=DOUBLE)
+    well = spd_matrix(40, 10.0, 8)
+    return {
+        "definite": System(spd_matrix(40, 1e2, 1), generic, "definite"),
+        "condition_1e5": System(spd_matrix(40, 1e5, 2), generic, "definite"),
+        "condition_1e12": System(spd_matrix(40, 1e12, 3), generic, "definite"),
+        "clustered": System(_with_spectrum(clusters, 4), vector(30, 12), "definite"),
+        "badly_scaled": System(scales[:, None] * well * scales, generic, "definite"),
+        "one_by_one": System(torch.full((1, 1), 3.0, dtype=DOUBLE), vector(1, 13), "definite"),
+        "identity": System(torch.eye(5, dtype=DOUBLE), vector(5, 14), "definite"),
+        "zero_right_hand_side": System(spd_matrix(40, 1e2, 1), 0 * generic, "definite"),
+        "indefinite": System(indefinite, generic, "indefinite"),
+        "hard_case": System(indefinite, generic - (lowest @ generic) * lowest, "indefinite"),
+        "negative": System(-spd_matrix(40, 1e2, 1), generic, "indefinite"),
+        "one_by_one_negative": System(torch.full((1, 1), -3.0, dtype=DOUBLE), vector(1, 13), "indefinite"),
+        "saddle": System(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=DOUBLE), vector(2, 15), "indefinite"),
+        "singular": System(singular, singular @ generic, "singular"),
+        "singular_indefinite": System(
+            singular_indefinite, singular_indefinite @ generic, "singular indefinite"
+        ),
+        "inconsistent": System(singular, generic, "inconsistent"),
+        "inconsistent_indefinite": System(singular_indefinite, generic, "inconsistent indefinite"),
+        "zero": System(torch.zeros(4, 4, dtype=DOUBLE), vector(4, 16), "inconsistent"),
+    }
+
+
 class Skewed(torch.autograd.Function):
     """Its backward is not the gradient of anything: the "Hessian" is not symmetric."""
 
@@ -188,3 +230,6 @@ class Skewed(torch.autograd.Function):
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         return g * x.flip(0) * torch.arange(1.0, x.numel() + 1, dtype=x.dtype).view(x.shape)
+
+
+SYSTEMS = _systems()

@@ -1,8 +1,11 @@
 """Solvers: one algorithm a file. Each knows only ``A @ v`` and returns a ``SolveResult``."""
 
 from secondorder.solvers._result import STATUS_TEXT, SolveResult
+from secondorder.solvers.block_cg import block_cg
 from secondorder.solvers.cg import CGState, cg
 from secondorder.solvers.direct import Spectrum, direct, spectrum
+from secondorder.solvers.lsmr import lsmr
+from secondorder.solvers.minres import minres
 from secondorder.solvers.steihaug import steihaug
 from secondorder.solvers.trust_region import trust_region
 
@@ -14,6 +17,9 @@ __all__ = [
     "Spectrum",
     # iterative
     "cg",
+    "block_cg",
+    "minres",
+    "lsmr",
     "steihaug",
     # direct
     "direct",

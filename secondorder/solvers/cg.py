@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_limits, check_system
-from secondorder.solvers._result import SolveResult
+from secondorder.solvers._checks import check_limits, check_start, check_system
+from secondorder.solvers._result import SolveResult, by_columns
 
 
 class CGState(NamedTuple):
@@ -31,6 +31,7 @@ class CGState(NamedTuple):
     model: float
 
 
+@by_columns
 def cg(
     A: Any,
     b: Tensor,
@@ -51,8 +52,9 @@ def cg(
 
     Args:
         A: Anything with ``A @ v`` for ``v`` of shape (n,), symmetric.
-        b: Right-hand side, shape (n,). Sets the dtype and device of the solution.
-        x0: Start, shape (n,); zeros when None.
+        b: Right-hand side, shape (n,) or (n, k); columns are solved one after another, by ``block_cg``
+            together.
+        x0: Start, of the shape of ``b``; zeros when None.
         M: Preconditioner, ``M @ r`` close to ``A^-1 r``, symmetric positive definite; identity when None.
         rtol: Stop when ``norm(b - A x) <= max(rtol * norm(b), atol)``. Dimensionless.
         atol: See ``rtol``; in units of ``b``.
@@ -65,7 +67,8 @@ def cg(
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
-        ValueError: shapes do not fit; a tolerance is negative; ``M`` is not positive definite.
+        ValueError: shapes do not fit; ``A`` is not symmetric; a tolerance is negative; ``M`` is not positive
+            definite.
 
     Cost: one product with ``A``, one with ``M`` and two host reads an iteration, five vectors of
     storage; one more product at the end, and one at the start when ``x0`` is given.
@@ -76,6 +79,7 @@ def cg(
         tensor([0.0909, 0.6364])
     """
     check_system(A, b)
+    check_start(x0, b, b.shape[0])
     check_limits(rtol, atol, max_iter)
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)
@@ -140,8 +144,6 @@ class ConjugateDirections:
             self.x = b.new_zeros(b.shape)
             self._residual = b
         else:
-            if x0.shape != b.shape:
-                raise ValueError(f"x0 must have shape {tuple(b.shape)}, got {tuple(x0.shape)}.")
             self.x = x0.to(b)
             self._residual = b - self._multiply(self.x)
         self._aim()

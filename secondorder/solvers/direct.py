@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_system, dense
-from secondorder.solvers._result import SolveResult
+from secondorder.solvers._result import SolveResult, by_columns
 
 
 class Spectrum(NamedTuple):
@@ -24,6 +24,11 @@ class Spectrum(NamedTuple):
     values: Tensor
     vectors: Tensor
     matrix: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(n, n)``."""
+        return self.matrix.shape
 
     @property
     def rounding(self) -> float:
@@ -65,7 +70,7 @@ def eigen_of(A: Any, b: Tensor) -> tuple[Spectrum, int]:
         check_system(A.matrix, b)
         return A, 0
     check_system(A, b)
-    return spectrum(A, b), 0 if isinstance(A, Tensor) else b.numel()
+    return spectrum(A, b), 0 if isinstance(A, Tensor) else b.shape[0]
 
 
 def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
@@ -76,7 +81,7 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
 
     Args:
         A: A matrix, an operator with ``dense()``, anything with ``A @ v``, or a ``Spectrum`` to reuse.
-        b: Right-hand side, shape (n,).
+        b: Right-hand side, shape (n,) or (n, k).
         damping: Shift, loss over parameter squared.
 
     Returns:
@@ -99,6 +104,11 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
         (tensor([2.0000, 1.0000]), 'negative_curvature')
     """
     eigen, products = eigen_of(A, b)
+    return _solve(eigen, b, damping)._replace(products=products)
+
+
+@by_columns
+def _solve(eigen: Spectrum, b: Tensor, damping: float) -> SolveResult:
     shifted = eigen.values + damping
     along = eigen.vectors.T @ b
     kept = shifted.abs() > eigen.rounding
@@ -120,6 +130,6 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
         iterations=0,
         residual_norm=residual_norm,
         quadratic=float(x.dot(Ax)),
-        products=products,
+        products=0,
         direction=eigen.vectors[:, 0] if status == "negative_curvature" else None,
     )

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_radius, check_system
-from secondorder.solvers._result import SolveResult
+from secondorder.solvers._result import SolveResult, by_columns
 from secondorder.solvers.cg import ConjugateDirections
 
 
+@by_columns
 def steihaug(
     A: Any,
     b: Tensor,
@@ -34,7 +35,7 @@ def steihaug(
 
     Args:
         A: Anything with ``A @ v`` for ``v`` of shape (n,), symmetric.
-        b: Right-hand side, shape (n,): minus the gradient of the quadratic at zero.
+        b: Right-hand side, shape (n,) or (n, k): minus the gradient of the quadratic at zero.
         radius: Trust radius, Euclidean, positive.
         rtol: Stop when ``norm(b - A x) <= max(rtol * norm(b), atol)``. Dimensionless.
         atol: See ``rtol``; in units of ``b``.

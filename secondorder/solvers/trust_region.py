@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_radius
-from secondorder.solvers._result import SolveResult
-from secondorder.solvers.direct import eigen_of
+from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers.direct import Spectrum, eigen_of
 
 # A step whose length is within a tenth of the radius is as good as one on it (Conn, Gould and Toint,
 # section 7.3.10); more accuracy buys no outer iteration.
@@ -31,7 +31,7 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
 
     Args:
         A: A matrix, an operator with ``dense()``, anything with ``A @ v``, or a ``Spectrum`` to reuse.
-        b: Right-hand side, shape (n,): minus the gradient of the quadratic at zero.
+        b: Right-hand side, shape (n,) or (n, k): minus the gradient of the quadratic at zero.
         radius: Trust radius, Euclidean, positive.
 
     Returns:
@@ -55,6 +55,11 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
     """
     check_radius(radius)
     eigen, products = eigen_of(A, b)
+    return _solve(eigen, b, radius)._replace(products=products)
+
+
+@by_columns
+def _solve(eigen: Spectrum, b: Tensor, radius: float) -> SolveResult:
     along = eigen.vectors.T @ b
     # The root is scalar work: on the host, in float64, whatever the device.
     values, target = eigen.values.double().cpu(), along.double().cpu()
@@ -71,7 +76,7 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
         iterations,
         residual_norm,
         float(x.dot(Ax)),
-        products,
+        products=0,
         direction=eigen.vectors[:, 0] if lowest_is_negative else None,
         shift=shift,
     )

@@ -1,0 +1,241 @@
+"""Minimal residuals: symmetric systems that may be indefinite or singular.
+
+Reference: Paige and Saunders (1975), Solution of sparse indefinite systems of linear equations, section 6;
+certificate of nonpositive curvature: Liu and Roosta (2022), A Newton-MR algorithm with complexity
+guarantees, lemma 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secondorder.solvers._checks import check_limits, check_start, check_system
+from secondorder.solvers._result import SolveResult, by_columns
+
+# The true residual is computed after so many iterations first, then after twice as many each time.
+FIRST_CHECK = 16
+
+
+@by_columns
+def minres(
+    A: Any,
+    b: Tensor,
+    *,
+    x0: Tensor | None = None,
+    M: Any = None,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    max_iter: int | None = None,
+    stop_at_negative_curvature: bool = False,
+) -> SolveResult:
+    """Solve ``A x = b`` for a symmetric ``A``, definite or not.
+
+    The norm of the residual never increases; in finite precision the recurrence drifts from the truth, so
+    the true residual is computed now and then, and the iteration restarts where the two differ. Where ``b``
+    lies outside the range of a singular ``A`` the least residual is reached (``A r`` is zero to
+    ``sqrt(eps)``), and the status says so. Nonpositive curvature is noticed from the numbers of the
+    recurrence, without a product, and its direction returned.
+
+    Args:
+        A: Anything with ``A @ v`` for ``v`` of shape (n,), symmetric.
+        b: Right-hand side, shape (n,) or (n, k); columns are solved one after another.
+        x0: Start, of the shape of ``b``; zeros when None.
+        M: Preconditioner, ``M @ r`` close to ``abs(A)^-1 r``, symmetric positive definite; none when None.
+        rtol: Stop when ``norm(b - A x) <= max(rtol * norm(b), atol)``. Dimensionless.
+        atol: See ``rtol``; in units of ``b``.
+        max_iter: Number of iterations allowed; ``10 * n`` when None.
+        stop_at_negative_curvature: Stop where curvature is nonpositive first, with the iterate before it,
+            instead of going on to the solution.
+
+    Returns:
+        ``SolveResult`` with ``status`` "converged", "least_squares" (inconsistent system), "max_iter",
+        "stagnated", "non_finite", or "negative_curvature" when asked to stop there. ``direction`` is the
+        first residual (preconditioned, with ``M``) along which curvature was nonpositive, also when the
+        iteration went on.
+
+    Raises:
+        TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
+        ValueError: shapes do not fit; ``A`` is not symmetric; a tolerance is negative; ``M`` is not positive
+            definite.
+
+    Cost: one product with ``A``, one with ``M`` and two host reads an iteration, nine vectors of storage;
+    a product after 16, 32, 64, ... iterations and at the end, and one at the start when ``x0`` is given.
+
+    Example:
+        >>> A = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> minres(A, torch.tensor([1.0, 2.0])).x
+        tensor([2., 1.])
+    """
+    check_system(A, b)
+    check_start(x0, b, b.shape[0])
+    check_limits(rtol, atol, max_iter)
+    limit = 10 * b.numel() if max_iter is None else max_iter
+    tolerance = max(rtol * float(b.norm()), atol)
+    run = _Recurrence(A, b, x0, M)
+    best = last_start = _Verified(run.x, b, math.inf, 0.0)
+    check_at = FIRST_CHECK
+    while True:
+        status = _iterate(run, tolerance, min(check_at, limit), stop_at_negative_curvature)
+        here = run.measure()
+        has_drifted = not run.agrees(here)
+        best = here if not here.norm >= best.norm else best
+        if best.norm <= tolerance:
+            status = "converged"
+        elif status == "check" and run.iteration >= limit:
+            status = "max_iter"
+        if status in ("max_iter", "negative_curvature", "non_finite") or best.norm <= tolerance:
+            break
+        if status == "least_squares" and run.is_stationary_at(here):
+            break
+        if status == "check" and not has_drifted:
+            check_at *= 2
+            continue
+        if not best.norm < 0.5 * last_start.norm:
+            status = "stagnated"
+            break
+        last_start, check_at = best, run.iteration + FIRST_CHECK
+        run.start(best)
+    if not math.isfinite(here.norm):
+        status = "non_finite"
+    return SolveResult(
+        best.x, status, run.iteration, best.norm, best.quadratic, run.products, run.nonpositive
+    )
+
+
+class _Verified(NamedTuple):
+    """An iterate with its true residual."""
+
+    x: Tensor
+    residual: Tensor
+    norm: float
+    quadratic: float
+
+
+def _iterate(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curvature: bool) -> str:
+    """Iterate until something stops it; the status says what, "check" that the limit did."""
+    while True:
+        if not math.isfinite(run.phi):
+            return "non_finite"
+        if run.phi <= tolerance * run.scale:
+            return "converged"
+        if run.iteration >= limit:
+            return "check"
+        run.extend()
+        if not math.isfinite(run.alpha):
+            return "non_finite"
+        if run.is_nonpositive() and run.nonpositive is None:
+            run.nonpositive = run.residual_direction
+            if stop_at_negative_curvature:
+                return "negative_curvature"
+        if run.is_stationary():
+            return "least_squares"
+        run.advance()
+
+
+class _Recurrence:
+    """Lanczos with one Givens rotation an iteration; between ``extend`` and ``advance`` the caller may stop.
+
+    Names as in Choi, Paige and Saunders (2011), table 2: ``phi`` is the residual's norm (in that of ``M``),
+    ``gamma`` the diagonal, ``delta`` the off-diagonal of the triangular factor.
+    """
+
+    def __init__(self, A: Any, b: Tensor, x0: Tensor | None, M: Any) -> None:
+        self._A, self._b, self._M = A, b, M
+        self.iteration, self.products = 0, 0
+        self.nonpositive: Tensor | None = None
+        x = b.new_zeros(b.shape) if x0 is None else x0.to(b)
+        self.start(_Verified(x, b if x0 is None else b - self._multiply(x), math.inf, 0.0))
+
+    def _multiply(self, v: Tensor) -> Tensor:
+        self.products += 1
+        product: Tensor = self._A @ v
+        return product
+
+    def start(self, point: _Verified) -> None:
+        """Begin a Krylov space at the residual of a point."""
+        self.x, residual = point.x, point.residual
+        self._r, self._r_old = residual, torch.zeros_like(residual)
+        self._y = residual if self._M is None else self._M @ residual
+        squared, norm = torch.stack([residual.dot(self._y), residual.norm()]).tolist()
+        self.beta, self._beta_old = self._root(squared), 1.0
+        self.phi = self.beta
+        # From the norm of the residual to the norm in which phi is measured.
+        self.scale = self.beta / norm if norm > 0 else 1.0
+        self._cs, self._sn, self._dbar, self._epsilon = -1.0, 0.0, 0.0, 0.0
+        self._w = self._w_old = torch.zeros_like(residual)
+        # The present residual, times M.
+        self.residual_direction = self._y
+        self._norm = 0.0
+
+    def _root(self, squared: float) -> float:
+        if squared < 0:
+            raise ValueError(
+                f"M must be symmetric positive definite, got r^T M r = {squared:.3g}"
+                f" in iteration {self.iteration}."
+            )
+        return math.sqrt(squared) if squared >= 0 else math.nan
+
+    def extend(self) -> None:
+        """One Lanczos step: one product, and the entries of the next column of the triangular factor."""
+        self._v = self._y / self.beta
+        y = self._multiply(self._v)
+        y = y - (self.beta / self._beta_old) * self._r_old
+        alpha = self._v.dot(y)
+        y = y - (alpha / self.beta) * self._r
+        self._r_old, self._r = self._r, y
+        self._y = y if self._M is None else self._M @ y
+        self.alpha, squared = torch.stack([alpha, y.dot(self._y)]).tolist()
+        self._beta_old, self.beta = self.beta, self._root(squared)
+        self._norm = max(self._norm, math.hypot(self.alpha, self.beta))
+        self.delta = self._cs * self._dbar + self._sn * self.alpha
+        self.gamma_bar = self._sn * self._dbar - self._cs * self.alpha
+        self._next_dbar = -self._cs * self.beta
+
+    def is_nonpositive(self) -> bool:
+        """Whether ``r^T A r <= 0`` for the residual ``r`` before this iteration."""
+        return self._cs * self.gamma_bar >= 0
+
+    def is_stationary(self) -> bool:
+        """Whether ``norm(A r)`` is below ``sqrt(eps) norm(A) norm(r)``: no iterate has a smaller residual.
+
+        Closer the recurrence does not come before the iterates of an inconsistent system grow beyond bounds.
+        """
+        eps = torch.finfo(self._b.dtype).eps
+        return math.hypot(self.gamma_bar, self._next_dbar) <= math.sqrt(eps) * self._norm
+
+    def is_stationary_at(self, point: _Verified) -> bool:
+        """The same with the true residual, ten times as loose: one product."""
+        z = point.residual if self._M is None else self._M @ point.residual
+        Az, limit = self._multiply(z), 10 * math.sqrt(torch.finfo(self._b.dtype).eps) * self._norm
+        return float(Az.norm()) <= limit * float(z.norm()) * (self.scale**2 if self._M is not None else 1.0)
+
+    def agrees(self, point: _Verified) -> bool:
+        """Whether the true residual is the recurrence's, to a tenth."""
+        z = point.residual if self._M is None else self._M @ point.residual
+        return float(point.residual.dot(z).clamp(min=0).sqrt()) <= 1.1 * self.phi
+
+    def advance(self) -> None:
+        """Rotate, and step to the iterate of least residual."""
+        eps = torch.finfo(self._b.dtype).eps
+        gamma = max(math.hypot(self.gamma_bar, self.beta), eps * self._norm)
+        cs, sn = self.gamma_bar / gamma, self.beta / gamma
+        w = (self._v - self._epsilon * self._w_old - self.delta * self._w) / gamma
+        self.x = self.x + (cs * self.phi) * w
+        # r_k = sn^2 r_{k-1} - phi_k cs v_{k+1} (Choi, Paige and Saunders 2011, lemma 3.3).
+        self.residual_direction = (sn * sn) * self.residual_direction - (cs * self.phi / gamma) * self._y
+        self._epsilon, self._dbar = self._sn * self.beta, self._next_dbar
+        self.phi *= sn
+        self._w_old, self._w = self._w, w
+        self._cs, self._sn = cs, sn
+        self.iteration += 1
+
+    def measure(self) -> _Verified:
+        """The present iterate with its true residual: one product."""
+        Ax = self._multiply(self.x)
+        residual = self._b - Ax
+        norm, quadratic = torch.stack([residual.norm(), self.x.dot(Ax)]).tolist()
+        return _Verified(self.x, residual, norm, quadratic)
