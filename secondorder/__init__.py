@@ -1,10 +1,24 @@
 """Second-order products, operators, solvers and influence functions for PyTorch."""
 
 from secondorder.curvature import Block, GaussNewton, Hessian
+from secondorder.fisher import EmpiricalFisher, Fisher
 from secondorder.functional import hessian, hvp, jacobian, jvp, vhp, vjp
 from secondorder.influence import InfluenceResult, influence
 from secondorder.operators import FunctionOperator, LinearOperator, MatrixOperator
-from secondorder.solvers import SolveResult, Spectrum, cg, direct, spectrum, steihaug, trust_region
+from secondorder.parameter_operators import Jacobian
+from secondorder.products import fvp, ggnvp
+from secondorder.solvers import (
+    SolveResult,
+    Spectrum,
+    block_cg,
+    cg,
+    direct,
+    lsmr,
+    minres,
+    spectrum,
+    steihaug,
+    trust_region,
+)
 
 __all__ = [
     # products and matrices of functions
@@ -12,6 +26,8 @@ __all__ = [
     "jvp",
     "vhp",
     "hvp",
+    "ggnvp",
+    "fvp",
     "jacobian",
     "hessian",
     # operators
@@ -21,12 +37,18 @@ __all__ = [
     "Hessian",
     "GaussNewton",
     "Block",
+    "Fisher",
+    "EmpiricalFisher",
+    "Jacobian",
     # influence functions
     "influence",
     "InfluenceResult",
     # solvers
     "SolveResult",
     "cg",
+    "block_cg",
+    "minres",
+    "lsmr",
     "steihaug",
     "direct",
     "trust_region",

@@ -1,22 +1,24 @@
-"""Curvature operators of a loss that carries a graph: ``Hessian`` and ``GaussNewton``.
+"""Curvature matrices with respect to parameters, as operators on a kept graph.
 
-Both evaluate nothing again: they keep the graph of the gradient, or of ``u -> J^T u``, and a product
-repeats only the linear part of it. They are valid until a parameter is changed
-in place, which is when autograd itself would refuse to use the graph.
+The function is evaluated once; its gradient (or, for the Gauss-Newton and Fisher matrices, the map
+``u -> J^T u``) is kept with its graph, and every product repeats only the linear part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from secondorder._backward import pull, pull_rows
-from secondorder.flat import flatten, flatten_rows, unflatten, unflatten_rows
+from secondorder import _arguments, ladder, output_hessians
+from secondorder._tree import Tree, scalar
+from secondorder.flat import flatten, unflatten
 from secondorder.graph import refuse_wrong
-from secondorder.operators import LinearOperator
+from secondorder.parameter_operators import Jacobian, ParameterOperator, Pull, ThroughOutputs, tried
+
+Function = Callable[..., Any]
 
 
 class Block(NamedTuple):
@@ -33,43 +35,28 @@ class Block(NamedTuple):
     weight: Tensor
 
 
-class _ParameterOperator(LinearOperator):
-    """An operator on the flat vector of some parameters."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = tuple(parameters)
-        for index, parameter in enumerate(self._parameters):
-            if not isinstance(parameter, Tensor):
-                raise TypeError(f"parameters[{index}] must be a tensor, got {type(parameter).__name__}.")
-        if not self._parameters:
-            raise ValueError("parameters must hold at least one tensor, got none.")
-        first = self._parameters[0]
-        for index, parameter in enumerate(self._parameters):
-            if not parameter.requires_grad:
-                raise ValueError(f"parameters[{index}] must require gradients; call requires_grad_() on it.")
-            if parameter.dtype != first.dtype or parameter.device != first.device:
-                raise ValueError(
-                    f"parameters must share dtype and device, got {first.dtype} on {first.device} and "
-                    f"{parameter.dtype} on {parameter.device}."
-                )
-        n = sum(p.numel() for p in self._parameters)
-        super().__init__((n, n), first.dtype, first.device)
-
-
-class Hessian(_ParameterOperator):
+class Hessian(ParameterOperator):
     """Hessian of a scalar loss with respect to parameters, flat.
 
     Args:
         loss: A scalar that carries a graph.
         parameters: Tensors of one dtype and device that require gradients and of which ``loss`` may be a
             function; the blocks of those it does not depend on are zero.
+        keep_graph: Keep the graph of the gradient between products; without it only the graph of the loss is
+            kept, and each product takes the gradient anew.
+        batched: How a block of vectors is multiplied: True, in one batched backward pass; False, one after
+            another; None, whichever is faster, measured with the first block of at least eight columns.
+
+    Attributes:
+        gradient: Of the loss, flat.
+        parameters: As given.
 
     Raises:
         ValueError: ``loss`` is not a scalar with a graph; ``parameters`` is empty, mixed or frozen.
         RuntimeError: ``loss`` was computed with an operation whose second derivative torch gets wrong.
 
-    Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.3 gradients (transformer).
-    The graph of the gradient is kept as long as the operator.
+    Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.3 gradients (transformer), 2.5 to
+    3.8 without ``keep_graph``.
 
     Reference: Pearlmutter (1994), Fast exact multiplication by the Hessian.
 
@@ -79,38 +66,71 @@ class Hessian(_ParameterOperator):
         tensor([ 6., 12.])
     """
 
-    def __init__(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
-        super().__init__(parameters)
+    def __init__(
+        self,
+        loss: Tensor,
+        parameters: Iterable[Tensor],
+        *,
+        keep_graph: bool = True,
+        batched: bool | None = None,
+    ) -> None:
+        super().__init__(parameters, batched)
         _check_loss(loss)
         refuse_wrong(loss)
-        grads = torch.autograd.grad(
-            loss, self._parameters, torch.ones_like(loss), create_graph=True, allow_unused=True
-        )
-        # What is constant or missing contributes nothing to the second derivative.
-        self._indices = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self._grads = [grads[i] for i in self._indices]
+        self._loss = loss
+        grads = self._differentiate()
         self.gradient = flatten(
             [
                 torch.zeros_like(p) if g is None else g.detach()
-                for g, p in zip(grads, self._parameters, strict=True)
+                for g, p in zip(grads, self.parameters, strict=True)
             ]
         )
+        self._grads = grads if keep_graph else None
 
-    def _matvec(self, v: Tensor) -> Tensor:
-        if not self._grads:
-            return torch.zeros_like(v)
-        parts = unflatten(v, self._parameters)
-        return flatten(pull(self._grads, self._parameters, [parts[i] for i in self._indices]))
+    @classmethod
+    def of(
+        cls, func: Function, inputs: Any, *, keep_graph: bool = True, batched: bool | None = None
+    ) -> Hessian:
+        """The Hessian of ``func`` at ``inputs``: a tensor, a tuple of arguments, or any pytree.
 
-    def _matmat(self, V: Tensor) -> Tensor:
-        if not self._grads:
-            return torch.zeros_like(V)
-        parts = unflatten_rows(V.T, self._parameters)
-        rows = pull_rows(self._grads, self._parameters, [parts[i] for i in self._indices])
-        return flatten_rows(rows).T
+        Where a derivative is missing or known to be wrong, ``func`` is called once more under
+        ``decompose()``.
+
+        Example:
+            >>> H = Hessian.of(lambda x: x.pow(3).sum(), torch.tensor([1.0, 2.0]))
+            >>> H.gradient, H.diagonal()
+            (tensor([ 3., 12.]), tensor([ 6., 12.]))
+        """
+        tree = Tree.of(inputs, "Hessian.of")
+
+        def build() -> Hessian:
+            loss = scalar(tree.call(func), "Hessian.of")
+            hessian = cls(loss, tree.leaves, keep_graph=keep_graph, batched=batched)
+            return tried(hessian, hessian._grads or hessian._differentiate())
+
+        return ladder.climb(build)
+
+    def _differentiate(self) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(
+            self._loss, self.parameters, torch.ones_like(self._loss), create_graph=True, allow_unused=True
+        )
+
+    def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
+        grads = self._differentiate() if self._grads is None else self._grads
+        # What is constant or missing contributes nothing to the second derivative.
+        live = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
+        if not live:
+            return [torch.zeros_like(part) for part in parts]
+        return grad([g for g, _ in live], self.parameters, [part for _, part in live])
+
+    def _keep(self, indices: list[int]) -> None:
+        parts = unflatten(self.gradient, self.parameters)
+        self.gradient = flatten([parts[i] for i in indices])
+        if self._grads is not None:
+            self._grads = [self._grads[i] for i in indices]
 
 
-class GaussNewton(_ParameterOperator):
+class GaussNewton(ThroughOutputs):
     """Generalised Gauss-Newton matrix ``sum_k J_k^T (w_k H_k) J_k``, flat.
 
     ``J_k`` is the Jacobian of block ``k``'s outputs with respect to the parameters, ``H_k`` the Hessian
@@ -121,12 +141,21 @@ class GaussNewton(_ParameterOperator):
         loss: A scalar computed from ``outputs``, convex in them.
         outputs: The network's outputs in the graph, a tensor or a tuple of tensors.
         parameters: Tensors of one dtype and device that require gradients.
+        keep_graph: Keep the graph of ``u -> J^T u`` between products; without it, each product builds it
+            anew.
+        batched: As in ``Hessian``.
+
+    Attributes:
+        jacobian: ``J`` of all outputs, an operator of shape (outputs, parameters).
+        kernel: ``J J^T``, shape (outputs, outputs).
+        parameters: As given.
 
     Raises:
         ValueError: ``loss`` or ``outputs`` carry no graph, or have nothing to do with one another;
             ``parameters`` is empty, mixed or frozen.
 
-    Cost: construction, one gradient with a graph; a product, 1.1 (MLP) to 1.7 gradients (transformer).
+    Cost: construction, one gradient with a graph; a product, 1.1 (MLP) to 1.7 gradients (transformer), 2.5
+    without ``keep_graph``.
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
 
@@ -138,68 +167,99 @@ class GaussNewton(_ParameterOperator):
     """
 
     def __init__(
-        self, loss: Tensor, outputs: Tensor | tuple[Tensor, ...], parameters: Iterable[Tensor]
+        self,
+        loss: Tensor,
+        outputs: Tensor | tuple[Tensor, ...],
+        parameters: Iterable[Tensor],
+        *,
+        keep_graph: bool = True,
+        batched: bool | None = None,
     ) -> None:
         _check_loss(loss)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        self._set_up([Block(loss, outputs, torch.ones_like(loss))], parameters)
+        block = Block(loss, outputs, torch.ones_like(loss))
+        self._set_up([block], parameters, keep_graph, batched)
 
     @classmethod
-    def of_blocks(cls, blocks: Sequence[Block], parameters: Iterable[Tensor]) -> GaussNewton:
+    def of_blocks(
+        cls,
+        blocks: Sequence[Block],
+        parameters: Iterable[Tensor],
+        *,
+        keep_graph: bool = True,
+        batched: bool | None = None,
+    ) -> GaussNewton:
         """The operator of a sum of weighted losses, each of outputs of its own."""
         operator = cls.__new__(cls)
-        operator._set_up(blocks, parameters)
+        operator._set_up(blocks, parameters, keep_graph, batched)
         return operator
 
-    def _set_up(self, blocks: Sequence[Block], parameters: Iterable[Tensor]) -> None:
-        super().__init__(parameters)
+    @classmethod
+    def of(
+        cls,
+        func: Function,
+        loss: Function,
+        inputs: Any,
+        *,
+        keep_graph: bool = True,
+        batched: bool | None = None,
+    ) -> GaussNewton:
+        """The Gauss-Newton matrix of ``loss(func(inputs))`` at ``inputs``: a tensor, a tuple, or any pytree.
+
+        The loss's Hessian is a closed form where ``ggnvp`` knows one. Where a derivative is missing, ``func``
+        is called once more under ``decompose()``.
+        """
+        tree = Tree.of(inputs, "GaussNewton.of")
+
+        def build() -> GaussNewton:
+            outputs = _arguments.as_tuple(tree.call(func), _arguments.OUTPUTS, "GaussNewton.of")[1]
+            with torch.enable_grad():
+                value, closed = output_hessians.evaluate(loss, outputs)
+            operator = cls(value, outputs, tree.leaves, keep_graph=keep_graph, batched=batched)
+            if closed is not None:
+                operator._middles = [(_by_closed_form(closed), slice(0, 1))]
+            return tried(operator, operator.jacobian.rows()[1])
+
+        return ladder.climb(build)
+
+    def _set_up(
+        self, blocks: Sequence[Block], parameters: Iterable[Tensor], keep_graph: bool, batched: bool | None
+    ) -> None:
+        super().__init__(parameters, batched)
         if not blocks:
             raise ValueError("blocks must hold at least one loss of outputs, got none.")
-        self._outputs: list[Tensor] = []
-        # For each block: its gradients with respect to outputs, and which of all outputs those are.
-        self._loss_gradients: list[tuple[list[Tensor], slice]] = []
+        outputs: list[Tensor] = []
+        # For each block: how it multiplies, and which of all outputs are its own.
+        self._middles: list[tuple[_Middle, slice]] = []
         for block in blocks:
             curved = _curved_gradients(block)
-            if curved:
-                start = len(self._outputs)
-                self._outputs += [output for _, output in curved]
-                self._loss_gradients.append(([g for g, _ in curved], slice(start, len(self._outputs))))
-        # J^T u is linear in u: its derivative with respect to u, applied to v, is J v.
-        self._duals = [torch.zeros_like(outputs, requires_grad=True) for outputs in self._outputs]
-        pulled = (
-            torch.autograd.grad(
-                self._outputs, self._parameters, self._duals, create_graph=True, allow_unused=True
-            )
-            if self._outputs
-            else ()
-        )
-        self._indices = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        self._pulled = [pulled[i] for i in self._indices]
+            start = len(outputs)
+            outputs += [output for _, output in curved]
+            self._middles.append((_by_autograd(curved), slice(start, len(outputs))))
+        self._is_zero = not outputs
+        every = outputs or [output for block in blocks for output in block.outputs]
+        self.jacobian = Jacobian(every, self.parameters, keep_graph=keep_graph, batched=batched)
 
-    def _matvec(self, v: Tensor) -> Tensor:
-        if not self._pulled:
-            return torch.zeros_like(v)
-        parts = unflatten(v, self._parameters)
-        Jv = pull(self._pulled, self._duals, [parts[i] for i in self._indices])
-        HJv = self._multiply_loss_hessians(Jv, pull)
-        return flatten(pull(self._outputs, self._parameters, HJv))
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        if not self._pulled:
-            return torch.zeros_like(V)
-        parts = unflatten_rows(V.T, self._parameters)
-        JV = pull_rows(self._pulled, self._duals, [parts[i] for i in self._indices])
-        HJV = self._multiply_loss_hessians(JV, pull_rows)
-        return flatten_rows(pull_rows(self._outputs, self._parameters, HJV)).T
-
-    def _multiply_loss_hessians(
-        self, vectors: list[Tensor], grad: Callable[..., list[Tensor]]
-    ) -> list[Tensor]:
-        """``w_k H_k u_k`` for every block; blocks do not share a second derivative."""
+    def _middle(self, parts: list[Tensor], grad: Pull) -> list[Tensor]:
+        if self._is_zero:
+            return [torch.zeros_like(part) for part in parts]
         products: list[Tensor] = []
-        for gradients, where in self._loss_gradients:
-            products += grad(gradients, self._outputs[where], vectors[where])
+        for multiply, where in self._middles:
+            products += multiply(parts[where], grad)
         return products
+
+
+_Middle = Callable[[list[Tensor], Pull], list[Tensor]]
+
+
+def _by_autograd(curved: list[tuple[Tensor, Tensor]]) -> _Middle:
+    """``w_k H_k u_k`` for one block; blocks do not share a second derivative."""
+    gradients, outputs = [g for g, _ in curved], [output for _, output in curved]
+    return lambda parts, grad: grad(gradients, outputs, parts) if gradients else []
+
+
+def _by_closed_form(product: output_hessians.Product) -> _Middle:
+    return lambda parts, _: [product(parts[0])]
 
 
 def _curved_gradients(block: Block) -> list[tuple[Tensor, Tensor]]:

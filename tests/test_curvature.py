@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 import zoo
 
-from secondorder import Block, GaussNewton, Hessian
+from secondorder import Block, EmpiricalFisher, Fisher, GaussNewton, Hessian, Jacobian, functional
+from secondorder.decompose import decompose
 from secondorder.flat import flatten
 
 # The same arithmetic in another order.
@@ -21,9 +22,22 @@ def hessian_of(case):
     return Hessian(case.value(), parameters_of(case))
 
 
-def gauss_newton_of(case):
+def gauss_newton_of(case, **options):
     outputs = case.outputs()
-    return GaussNewton(case.loss(outputs, case.targets), outputs, parameters_of(case))
+    return GaussNewton(case.loss(outputs, case.targets), outputs, parameters_of(case), **options)
+
+
+LIKELIHOOD = {
+    F.cross_entropy: "categorical",
+    F.mse_loss: "normal",
+    F.binary_cross_entropy_with_logits: "bernoulli",
+}
+
+
+def losses_of(case):
+    """One loss for each sample."""
+    losses = case.loss(case.outputs(), case.targets, reduction="none")
+    return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
 
 def test_hessian_equals_dense(network_case):
@@ -32,7 +46,9 @@ def test_hessian_equals_dense(network_case):
     torch.testing.assert_close(operator.dense(), dense, **TOLERANCE)
     v = zoo.vector(len(dense), 1)
     torch.testing.assert_close(operator @ v, dense @ v, **TOLERANCE)
-    gradient = torch.autograd.grad(network_case.value(), parameters_of(network_case))
+    gradient = torch.autograd.grad(
+        network_case.value(), parameters_of(network_case), allow_unused=True, materialize_grads=True
+    )
     torch.testing.assert_close(operator.gradient, flatten(gradient), **TOLERANCE)
 
 
@@ -149,3 +165,232 @@ def test_bad_input():
         GaussNewton(w.sum(), w.detach(), [w])
     with pytest.raises(ValueError, match="at least one loss"):
         GaussNewton.of_blocks([], [w])
+
+
+MAKERS = {
+    "hessian": lambda case, **options: Hessian(case.value(), parameters_of(case), **options),
+    "gauss_newton": gauss_newton_of,
+    "fisher": lambda case, **options: Fisher(
+        case.outputs(), parameters_of(case), likelihood=LIKELIHOOD[case.loss], **options
+    ),
+    "empirical_fisher": lambda case, **options: EmpiricalFisher(
+        losses_of(case), parameters_of(case), **options
+    ),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_without_the_kept_graph(network_case, make):
+    kept, fresh = make(network_case), make(network_case, keep_graph=False)
+    V = zoo.vector(5 * kept.shape[0], 1).view(-1, 5)
+    torch.testing.assert_close(fresh @ V, kept @ V, **TOLERANCE)
+    torch.testing.assert_close(fresh @ V[:, 0], kept @ V[:, 0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_batched_or_not(network_case, make):
+    products = []
+    V = zoo.vector(9 * sum(p.numel() for p in parameters_of(network_case)), 1).view(-1, 9)
+    for batched in (True, False, None):
+        operator = make(network_case, batched=batched)
+        products.append(operator @ V)
+        assert operator._batched in ((True, False) if batched is None else (batched,))
+    torch.testing.assert_close(products[0], products[1], **TOLERANCE)
+    torch.testing.assert_close(products[2], products[1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_restriction_is_the_diagonal_block(network_case, make, keep_graph):
+    operator = make(network_case, keep_graph=keep_graph)
+    dense = operator.dense()
+    sizes = [p.numel() for p in operator.parameters]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    for start, size, block in zip(starts, sizes, operator.blocks(), strict=True):
+        where = slice(start, start + size)
+        torch.testing.assert_close(block.dense(), dense[where, where], **TOLERANCE)
+    pair = [0, len(sizes) - 1]
+    rows = torch.cat([torch.arange(starts[i], starts[i] + sizes[i]) for i in pair])
+    part = operator.restrict(pair)
+    torch.testing.assert_close(part.dense(), dense[rows][:, rows], **TOLERANCE)
+    torch.testing.assert_close(operator.dense(), dense)
+    if isinstance(operator, Hessian):
+        torch.testing.assert_close(part.gradient, operator.gradient[rows])
+    with pytest.raises(ValueError, match="at least one parameter, got none"):
+        operator.restrict([])
+
+
+def test_jacobian_equals_dense(network_case):
+    parameters = parameters_of(network_case)
+    dense = oracles.dense_jacobian(network_case.outputs_of, parameters)
+    for options in ({}, {"keep_graph": False}, {"batched": True}, {"batched": False}):
+        J = Jacobian(network_case.outputs(), parameters, **options)
+        assert J.shape == tuple(dense.shape)
+        torch.testing.assert_close(J.dense(), dense, **TOLERANCE)
+        torch.testing.assert_close(J.T.dense(), dense.T, **TOLERANCE)
+        torch.testing.assert_close((J @ J.T).dense(), dense @ dense.T, **TOLERANCE)
+        assert (J @ J.T).is_symmetric
+        v, u = zoo.vector(J.shape[1], 1), zoo.vector(J.shape[0], 2)
+        torch.testing.assert_close(u @ (J @ v), v @ (J.T @ u), **TOLERANCE)
+    torch.testing.assert_close(gauss_newton_of(network_case).kernel.dense(), dense @ dense.T, **TOLERANCE)
+
+
+def test_from_a_function(network_case):
+    function, parameters = functional.module_function(
+        network_case.model, network_case.loss, network_case.inputs, network_case.targets
+    )
+    operator = Hessian.of(function, parameters)
+    expected = hessian_of(network_case)
+    torch.testing.assert_close(operator.dense(), expected.dense(), **TOLERANCE)
+    torch.testing.assert_close(operator.gradient, expected.gradient, **TOLERANCE)
+
+    def outputs(parameters):
+        return torch.func.functional_call(network_case.model, parameters, (network_case.inputs,))
+
+    def loss(z):
+        return network_case.loss(z, network_case.targets)
+
+    dense = oracles.dense_gauss_newton(network_case)
+    torch.testing.assert_close(GaussNewton.of(outputs, loss, parameters).dense(), dense, **TOLERANCE)
+    # Not known: its Hessian is autograd's.
+    torch.testing.assert_close(
+        GaussNewton.of(outputs, lambda z: 2 * loss(z), parameters).dense(), 2 * dense, **TOLERANCE
+    )
+    J = oracles.dense_jacobian(network_case.outputs_of, parameters_of(network_case))
+    torch.testing.assert_close(Jacobian.of(outputs, parameters).dense(), J, **TOLERANCE)
+    likelihood = LIKELIHOOD[network_case.loss]
+    fisher = Fisher.of(outputs, parameters, likelihood=likelihood)
+    torch.testing.assert_close(fisher.dense(), MAKERS["fisher"](network_case).dense(), **TOLERANCE)
+
+
+def test_attention_needs_no_care_from_the_user():
+    torch.manual_seed(0)
+    model, x = zoo.Attention().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    targets = torch.tensor([0, 2, 1])
+    function, parameters = functional.module_function(model, F.cross_entropy, x, targets)
+    values = tuple(parameters.values())
+
+    def of_values(*values):
+        return function(dict(zip(parameters, values, strict=True)))
+
+    with decompose():
+        dense = oracles.dense_hessian(of_values, values)
+    torch.testing.assert_close(Hessian.of(function, parameters).dense(), dense, **TOLERANCE)
+    for options in ({}, {"keep_graph": False}):
+        operator = GaussNewton.of(
+            lambda p: torch.func.functional_call(model, p, (x,)),
+            lambda z: F.cross_entropy(z, targets),
+            parameters,
+            **options,
+        )
+        with decompose():
+            outputs = model(x)
+            loss = F.cross_entropy(outputs, targets)
+            expected = GaussNewton(loss, outputs, model.parameters()).dense()
+        torch.testing.assert_close(operator.dense(), expected, **TOLERANCE)
+        assert torch.linalg.eigvalsh(expected)[0] > -1e-12
+
+
+def test_frozen_parameters_are_left_out():
+    case = zoo.network("mlp_cross_entropy")
+    full = hessian_of(case).dense()
+    first = next(iter(case.model.parameters())).requires_grad_(False)
+    operator = Hessian(case.value(), [p for p in case.model.parameters() if p.requires_grad])
+    n = first.numel()
+    torch.testing.assert_close(operator.dense(), full[n:, n:], **TOLERANCE)
+
+
+def test_complex_parameters():
+    """As torch: with the Hessian of the real function of real and imaginary parts."""
+    x = torch.complex(zoo.vector(4, 1), zoo.vector(4, 2))
+    v = torch.complex(zoo.vector(4, 3), zoo.vector(4, 4))
+
+    def func(z):
+        return (z.abs() ** 3).sum() + (z[0] * z[1].conj()).real
+
+    expected = torch.autograd.functional.vhp(func, x, v)[1]
+    torch.testing.assert_close(Hessian.of(func, x) @ v, expected, **TOLERANCE)
+
+
+def test_products_of_a_block_without_a_batching_rule():
+    """Where vmap has no rule for an operation, blocks are multiplied one after another."""
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            if float(g.abs().sum()) < 0:
+                return g
+            return g * 3 * x**2
+
+    x = torch.ones(9, dtype=torch.float64, requires_grad=True)
+    outputs = Cube.apply(x)
+    operator = GaussNewton(outputs.square().sum(), outputs, [x])
+    torch.testing.assert_close(operator @ torch.eye(9).double(), 18 * torch.eye(9).double())
+    assert operator._batched is False
+    with pytest.raises(RuntimeError, match="vmap|Batching rule"):
+        GaussNewton(outputs.square().sum(), outputs, [x], batched=True) @ torch.eye(9).double()
+
+
+class TestFisher:
+    def test_exact_is_the_gauss_newton_matrix(self, network_case):
+        scale = 1.0
+        if network_case.loss is F.mse_loss:
+            scale = 2 / network_case.targets[0].numel()
+        if network_case.loss is F.binary_cross_entropy_with_logits:
+            scale = 1 / network_case.targets[0].numel()
+        fisher = MAKERS["fisher"](network_case)
+        torch.testing.assert_close(
+            scale * fisher.dense(), oracles.dense_gauss_newton(network_case), **TOLERANCE
+        )
+
+    @pytest.mark.parametrize("name", ["mlp_cross_entropy", "mlp_mse", "mlp_bce"])
+    def test_samples_are_unbiased_and_reproducible(self, name):
+        case = zoo.network(name)
+        exact = MAKERS["fisher"](case).dense()
+        state = torch.get_rng_state()
+        estimates = torch.stack(
+            [MAKERS["fisher"](case, num_samples=8, seed=seed).dense() for seed in range(50)]
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        error = (estimates.mean(0) - exact).norm()
+        spread = (estimates - exact).square().sum((1, 2)).mean().sqrt() / 50**0.5
+        assert error < 2 * spread
+        assert spread < 0.1 * exact.norm()
+        assert torch.equal(MAKERS["fisher"](case, num_samples=8, seed=0).dense(), estimates[0])
+        assert torch.linalg.eigvalsh(estimates[0])[0] > -1e-12
+
+    def test_empirical_is_the_mean_of_outer_products(self, network_case):
+        losses, parameters = losses_of(network_case), parameters_of(network_case)
+        options = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
+        rows = [flatten(torch.autograd.grad(loss, parameters, **options)) for loss in losses]
+        G = torch.stack(rows)
+        operator = EmpiricalFisher(losses, parameters)
+        torch.testing.assert_close(operator.dense(), G.T @ G / len(G), **TOLERANCE)
+        torch.testing.assert_close(operator.kernel.dense(), G @ G.T, **TOLERANCE)
+        total = EmpiricalFisher(losses, parameters, reduction="sum")
+        torch.testing.assert_close(total.dense(), G.T @ G, **TOLERANCE)
+
+    def test_bad_input(self):
+        w = torch.ones(2, requires_grad=True)
+        with pytest.raises(
+            ValueError, match="likelihood must be one of 'categorical', 'bernoulli', 'normal', got 'poi"
+        ):
+            Fisher(w * 2, [w], likelihood="poisson")
+        with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', got 'none'"):
+            Fisher(w * 2, [w], reduction="none")
+        with pytest.raises(ValueError, match="num_samples must be a positive integer, got 0"):
+            Fisher(w * 2, [w], num_samples=0)
+        with pytest.raises(
+            ValueError, match=r"losses must have shape \(N,\), .* got \(\); compute them with"
+        ):
+            EmpiricalFisher(w.sum(), [w])
+        with pytest.raises(ValueError, match="outputs must carry a graph"):
+            Jacobian(w.detach(), [w])
+        with pytest.raises(ValueError, match="share dtype and device, got torch.float64"):
+            Jacobian(w.double(), [w])

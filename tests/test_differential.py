@@ -153,7 +153,8 @@ def test_a_broken_variant_is_caught(name, tmp_path, monkeypatch):
     (target / "functional").mkdir(parents=True)
     (target / "__init__.py").touch()
     needed = [
-        source / name for name in (ARGUMENTS, GRAPH, "_backward.py", "decompose.py", "guard.py", "ladder.py")
+        source / name
+        for name in (ARGUMENTS, GRAPH, "_backward.py", "_tree.py", "decompose.py", "guard.py", "ladder.py")
     ]
     for path in (*needed, *(source / "functional").glob("*.py")):
         text = path.read_text(encoding="utf-8").replace("from secondorder", f"from {package}")

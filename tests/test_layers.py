@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Each file may import only from the entries above its own.
 ORDER = [
     "secondorder._arguments",
+    "secondorder._tree",
     "secondorder.flat",
     "secondorder.graph",
     "secondorder.guard",
@@ -17,10 +18,13 @@ ORDER = [
     "secondorder.ladder",
     "secondorder._backward",
     "secondorder.functional",
+    "secondorder.output_hessians",
     "secondorder.products",
     "secondorder.solvers",
     "secondorder.operators",
+    "secondorder.parameter_operators",
     "secondorder.curvature",
+    "secondorder.fisher",
     "secondorder.objective",
     "secondorder.influence",
     "secondorder",
@@ -54,7 +58,7 @@ MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 8
 # Mirrors of torch's signatures, constructors of optimizers and public front ends, whose parameters users
 # of the ecosystem expect.
-MANY_PARAMETERS = {"_embedding_bag", "hessian", "jacobian", "hvp", "__init__", "influence"}
+MANY_PARAMETERS = {"_embedding_bag", "fvp", "hessian", "jacobian", "hvp", "__init__", "influence"}
 
 FILES = sorted(path for package in ("secondorder", "optim") for path in (ROOT / package).rglob("*.py"))
 

@@ -121,6 +121,49 @@ def _tied() -> nn.Module:
     return nn.Sequential(first, nn.Tanh(), second, nn.Linear(4, 3))
 
 
+class _Scaled(nn.Module):
+    """A parameter without dimensions, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.unused = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.ones(2))
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * self.scale.exp()).tanh()
+
+
+class _LSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.linear = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.lstm(x)[0][:, -1])
+
+
+def _batch_norm() -> nn.Module:
+    """In evaluation mode, with running statistics that are not trivial."""
+    norm = nn.BatchNorm2d(2)
+    norm.running_mean, norm.running_var = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 2.0])
+    return nn.Sequential(nn.Conv2d(1, 2, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).eval()
+
+
+class Attention(nn.Module):
+    """A transformer block around ``scaled_dot_product_attention``, with a linear head."""
+
+    def __init__(self, width: int = 4, heads: int = 2, classes: int = 3) -> None:
+        super().__init__()
+        self.heads, self.qkv = heads, nn.Linear(width, 3 * width)
+        self.norm, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 6), nn.GELU())
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        return self.head(self.mlp(self.norm(x + attended)).mean(1))
+
+
 NETWORKS: dict[
     str, tuple[Callable[[], nn.Module], Callable[[Tensor, Tensor], Tensor], tuple[int, ...], str]
 ] = {
@@ -134,6 +177,9 @@ NETWORKS: dict[
         (5, 1, 4, 4),
         "classes",
     ),
+    "cnn_batch_norm": (_batch_norm, F.cross_entropy, (5, 1, 4, 4), "classes"),
+    "lstm": (_LSTM, F.cross_entropy, (4, 3, 2), "classes"),
+    "scalar_and_unused": (_Scaled, F.mse_loss, (6, 4), "values"),
 }
 
 

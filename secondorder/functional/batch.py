@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secondorder._backward import pull_rows
-from secondorder.functional._tree import Tree
+from secondorder._tree import Tree
 from secondorder.functional.linear import LinearMap, linearize_grad
 
 Function = Callable[..., Any]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from secondorder.functional._tree import Tree
+from secondorder._tree import Tree
 
 Function = Callable[..., Any]
 

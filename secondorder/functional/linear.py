@@ -11,7 +11,7 @@ from torch import Tensor
 from secondorder import _arguments, graph, ladder
 from secondorder._arguments import Tensors
 from secondorder._backward import pull, pull_rows
-from secondorder.functional._tree import Tree, scalar
+from secondorder._tree import Tree, scalar
 
 Function = Callable[..., Any]
 

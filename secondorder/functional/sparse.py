@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from secondorder._backward import pull_rows
+from secondorder._tree import Tree
 from secondorder.functional._colouring import distance_two_colours, star_colours
-from secondorder.functional._tree import Tree
 from secondorder.functional.linear import LinearMap, linearize, linearize_grad
 
 Function = Callable[..., Any]
