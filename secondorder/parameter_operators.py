@@ -263,7 +263,8 @@ def in_batch_or_loop(
             # An operation without a batching rule; a loop says what else may be wrong.
             batched = False
         setattr(operator, flag, batched)
-    return together(V) if batched else torch.stack([alone(v) for v in V.T], dim=1)
+    # Columns of a block lie far apart in memory; products with such vectors are slow.
+    return together(V) if batched else torch.stack([alone(v) for v in V.T.contiguous()], dim=1)
 
 
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:

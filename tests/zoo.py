@@ -127,10 +127,10 @@ class _Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.unused = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.ones(2))
-        self.linear = nn.Linear(4, 3)
+        self.mlp = _mlp(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.linear(x) * self.scale.exp()).tanh()
+        return self.mlp(x) * self.scale.exp()
 
 
 class _LSTM(nn.Module):
