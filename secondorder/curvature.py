@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secondorder import _arguments, ladder, output_hessians
 from secondorder._tree import Tree, scalar
+from secondorder.convolutions import lighten_gradients
 from secondorder.flat import flatten, unflatten
 from secondorder.graph import refuse_wrong
 from secondorder.parameter_operators import Jacobian, ParameterOperator, Pull, ThroughOutputs, tried
@@ -111,9 +112,11 @@ class Hessian(ParameterOperator):
         return ladder.climb(build)
 
     def _differentiate(self) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(
+        grads = torch.autograd.grad(
             self._loss, self.parameters, torch.ones_like(self._loss), create_graph=True, allow_unused=True
         )
+        lighten_gradients(grads, (self._loss,))
+        return grads
 
     def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
         grads = self._differentiate() if self._grads is None else self._grads

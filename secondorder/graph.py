@@ -73,8 +73,8 @@ def _is_custom(node: Node) -> bool:
 
 def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
     """All nodes behind ``tensors``, each once."""
-    stack = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
-    seen = set(stack)
+    seen = {tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None}
+    stack = list(seen)
     while stack:
         node = stack.pop()
         yield node

@@ -14,6 +14,7 @@ from torch import Tensor
 from secondorder import _arguments, graph, ladder
 from secondorder._backward import pull, pull_rows
 from secondorder._tree import Tree
+from secondorder.convolutions import lighten_rows
 from secondorder.flat import flatten, flatten_rows, unflatten, unflatten_rows
 from secondorder.operators import LinearOperator
 
@@ -163,6 +164,7 @@ class Jacobian(LinearOperator):
         duals = [torch.zeros_like(output, requires_grad=True) for output in self.outputs]
         with torch.enable_grad():
             pulled = _arguments.grad(self.outputs, self.parameters, tuple(duals), create_graph=True)
+        lighten_rows(pulled, self.outputs)
         return duals, list(pulled)
 
     def rows(self) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -263,8 +265,10 @@ def in_batch_or_loop(
             # An operation without a batching rule; a loop says what else may be wrong.
             batched = False
         setattr(operator, flag, batched)
-    # Columns of a block lie far apart in memory; products with such vectors are slow.
-    return together(V) if batched else torch.stack([alone(v) for v in V.T.contiguous()], dim=1)
+    if batched:
+        return together(V)
+    # The entries of a column lie far apart: it is copied first, and results are stacked in rows, in memory.
+    return torch.stack([alone(v.contiguous()) for v in V.unbind(1)]).T
 
 
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:

@@ -52,15 +52,19 @@ def transformer():
     return model, torch.randn(64, 16, 64), torch.randint(10, (64,))
 
 
-def interleaved(functions, rounds=ROUNDS):
-    """Median seconds of each function, one call of each a round."""
+def interleaved(functions, rounds=ROUNDS, calls=1):
+    """Median seconds of each function: in each round, each is called ``calls`` times in a row.
+
+    A first call finds cold memory; solvers call products in a row.
+    """
     seconds = {name: [] for name in functions}
     for round_number in range(rounds + 2):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if round_number >= 2:
-                seconds[name].append(time.perf_counter() - start)
+            for _ in range(calls):
+                start = time.perf_counter()
+                function()
+                if round_number >= 2:
+                    seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -154,7 +154,11 @@ def test_a_broken_variant_is_caught(name, tmp_path, monkeypatch):
     (target / "__init__.py").touch()
     needed = [
         source / name
-        for name in (ARGUMENTS, GRAPH, "_backward.py", "_tree.py", "decompose.py", "guard.py", "ladder.py")
+        for name in (
+            ARGUMENTS,
+            GRAPH,
+            *["_backward.py", "_tree.py", "convolutions.py", "decompose.py", "guard.py", "ladder.py"],
+        )
     ]
     for path in (*needed, *(source / "functional").glob("*.py")):
         text = path.read_text(encoding="utf-8").replace("from secondorder", f"from {package}")

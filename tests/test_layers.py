@@ -16,6 +16,7 @@ ORDER = [
     "secondorder.guard",
     "secondorder.decompose",
     "secondorder.ladder",
+    "secondorder.convolutions",
     "secondorder._backward",
     "secondorder.functional",
     "secondorder.output_hessians",

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from secondorder import _arguments, graph
 from secondorder._arguments import MaybeTensors, Tensors
+from secondorder.convolutions import lighten_gradients
 from secondorder.guard import RandomState, undo_writes
 
 Function = Callable[..., Any]
@@ -30,6 +31,7 @@ def over_reverse(
         if strategy == "double-backward":
             u = tuple(torch.zeros_like(tensor, requires_grad=True) for tensor in point.inputs)
             rows = _arguments.grad(point.gradient, point.inputs, u, create_graph=True)
+        lighten_gradients(point.gradient, (point.value,))
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
         if strategy == "reverse-over-reverse":
             return point, back(point, create_graph, strict)

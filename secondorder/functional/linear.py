@@ -12,6 +12,7 @@ from secondorder import _arguments, graph, ladder
 from secondorder._arguments import Tensors
 from secondorder._backward import pull, pull_rows
 from secondorder._tree import Tree, scalar
+from secondorder.convolutions import lighten_gradients, lighten_rows
 
 Function = Callable[..., Any]
 
@@ -136,6 +137,7 @@ def _kept_rows(func: Function, tree: Tree) -> tuple[bool, Tensors, _arguments.Ma
     with torch.enable_grad():
         duals = tuple(torch.zeros_like(output, requires_grad=True) for output in outputs)
         pulled = _arguments.grad(outputs, tree.leaves, duals, create_graph=True)
+    lighten_rows(pulled, outputs)
     _try_product(pulled, duals)
     return is_tuple, outputs, pulled, duals
 
@@ -192,6 +194,9 @@ def _kept_gradient(
             # H v, not v^T H: differentiate u -> u^T H with respect to u.
             inner = tuple(torch.zeros_like(leaf, requires_grad=True) for leaf in tree.leaves)
             outputs = _arguments.grad(gradient, tree.leaves, inner, create_graph=True)
+            lighten_rows(outputs, (value, *gradient))
+        else:
+            lighten_gradients(outputs, (value,))
         _try_product(outputs, inner)
     return value.detach(), [grad.detach() for grad in filled], outputs, inner
 
