@@ -4,6 +4,7 @@ from secondorder.curvature import Block, GaussNewton, Hessian
 from secondorder.fisher import EmpiricalFisher, Fisher
 from secondorder.functional import hessian, hvp, jacobian, jvp, vhp, vjp
 from secondorder.influence import InfluenceResult, influence
+from secondorder.objective import Objective
 from secondorder.operators import FunctionOperator, LinearOperator, MatrixOperator
 from secondorder.parameter_operators import Jacobian
 from secondorder.products import fvp, ggnvp
@@ -12,9 +13,12 @@ from secondorder.solvers import (
     Spectrum,
     block_cg,
     cg,
+    cholesky,
     direct,
+    gltr,
     lsmr,
     minres,
+    modified_cholesky,
     spectrum,
     steihaug,
     trust_region,
@@ -40,6 +44,8 @@ __all__ = [
     "Fisher",
     "EmpiricalFisher",
     "Jacobian",
+    # a model over a dataset
+    "Objective",
     # influence functions
     "influence",
     "InfluenceResult",
@@ -50,8 +56,11 @@ __all__ = [
     "minres",
     "lsmr",
     "steihaug",
-    "direct",
+    "gltr",
     "trust_region",
+    "cholesky",
+    "modified_cholesky",
+    "direct",
     "spectrum",
     "Spectrum",
 ]

@@ -107,7 +107,7 @@ class Hessian(ParameterOperator):
         def build() -> Hessian:
             loss = scalar(tree.call(func), "Hessian.of")
             hessian = cls(loss, tree.leaves, keep_graph=keep_graph, batched=batched)
-            return tried(hessian, hessian._grads or hessian._differentiate())
+            return tried(hessian)
 
         return ladder.climb(build)
 
@@ -118,10 +118,17 @@ class Hessian(ParameterOperator):
         lighten_gradients(grads, (self._loss,))
         return grads
 
+    def differentiated(self) -> Sequence[Tensor | None]:
+        """The gradient in the graph, kept or taken anew."""
+        return self._differentiate() if self._grads is None else self._grads
+
     def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
-        grads = self._differentiate() if self._grads is None else self._grads
         # What is constant or missing contributes nothing to the second derivative.
-        live = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
+        live = [
+            (g, part)
+            for g, part in zip(self.differentiated(), parts, strict=True)
+            if g is not None and g.requires_grad
+        ]
         if not live:
             return [torch.zeros_like(part) for part in parts]
         return grad([g for g, _ in live], self.parameters, [part for _, part in live])
@@ -221,7 +228,7 @@ class GaussNewton(ThroughOutputs):
             operator = cls(value, outputs, tree.leaves, keep_graph=keep_graph, batched=batched)
             if closed is not None:
                 operator._middles = [(_by_closed_form(closed), slice(0, 1))]
-            return tried(operator, operator.jacobian.rows()[1])
+            return tried(operator)
 
         return ladder.climb(build)
 

@@ -85,8 +85,7 @@ class Fisher(ThroughOutputs):
         tree = Tree.of(inputs, "Fisher.of")
 
         def build() -> Fisher:
-            operator = cls(tree.call(func), tree.leaves, **options)
-            return tried(operator, operator.jacobian.rows()[1])
+            return tried(cls(tree.call(func), tree.leaves, **options))
 
         return ladder.climb(build)
 

@@ -141,6 +141,10 @@ class RandomState:
         """Put the saved state back."""
         self._write(self._saved)
 
+    def has_moved(self) -> bool:
+        """Whether random numbers were drawn since ``save``."""
+        return not all(map(torch.equal, self._saved, self._read()))
+
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Start from the saved state; afterwards the present one is back."""

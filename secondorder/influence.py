@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secondorder._data import check_deterministic
 from secondorder.curvature import GaussNewton, Hessian
 from secondorder.flat import flatten_rows
 from secondorder.operators import LinearOperator, MatrixOperator
-from secondorder.solvers import STATUS_TEXT, SolveResult, cg, direct
+from secondorder.solvers import STATUS_TEXT, SolveResult, block_cg, direct
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -93,8 +94,8 @@ def influence(
             samples; ``model`` is in training mode with a layer whose output depends on the batch or on
             chance.
 
-    Cost: ``n`` products (direct) or one CG solve for each test sample, over the whole training set in
-    one batch; one gradient for each sample.
+    Cost: ``n`` products (direct) or one block CG solve for all test samples together, over the whole
+    training set in one batch; one gradient for each sample.
 
     Example:
         >>> x, y = torch.randn(50, 3), torch.randn(50, 1)
@@ -106,7 +107,7 @@ def influence(
     _check_options(l2, damping, curvature, solver)
     _check_data(train, "train")
     _check_data(test, "test")
-    _check_deterministic(model)
+    check_deterministic(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("model must have a parameter that requires gradients, got none.")
@@ -116,14 +117,13 @@ def influence(
     if solver == "direct" or (solver == "auto" and n <= DIRECT_LIMIT):
         operator = MatrixOperator(operator.dense())
     test_gradients = torch.cat([rows for rows, _ in _sample_gradients(model, loss, test, parameters)])
-    results = [_solve(operator, gradient) for gradient in test_gradients]
-    solutions = torch.stack([result.x for result in results], dim=1)
+    solved = _solve(operator, test_gradients.T)
     samples, scores, losses = len(train[0]), [], []
     for rows, values in _sample_gradients(model, loss, train, parameters):
-        scores.append(rows @ solutions)
+        scores.append(rows @ solved.x)
         losses.append(values)
     _check_mean(value, torch.cat(losses))
-    return InfluenceResult(torch.cat(scores).T / samples, *_worst(results, test_gradients))
+    return InfluenceResult(torch.cat(scores).T / samples, *_worst(solved, test_gradients))
 
 
 def _objective_curvature(
@@ -149,18 +149,17 @@ def _check_mean(value: Tensor, losses: Tensor) -> None:
         )
 
 
-def _solve(operator: LinearOperator, b: Tensor) -> SolveResult:
+def _solve(operator: LinearOperator, B: Tensor) -> SolveResult:
     if isinstance(operator, MatrixOperator):
-        return direct(operator.spectrum, b)
+        return direct(operator.spectrum, B)
     # Scores to six digits in double precision; single precision stagnates earlier, and says so.
-    return cg(operator, b, rtol=1e-8 if b.dtype == torch.float64 else 1e-5)
+    return block_cg(operator, B, rtol=1e-8 if B.dtype == torch.float64 else 1e-5)
 
 
-def _worst(results: list[SolveResult], gradients: Tensor) -> tuple[str, float]:
-    status = next((r.status for r in results if r.status != "converged"), "converged")
-    norms = gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
-    residuals = [r.residual_norm / float(norm) for r, norm in zip(results, norms, strict=True)]
-    return status, max(residuals, default=0.0)
+def _worst(solved: SolveResult, gradients: Tensor) -> tuple[str, float]:
+    norms = gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny).tolist()
+    residuals = [c.residual_norm / norm for c, norm in zip(solved.columns, norms, strict=True)]
+    return solved.status, max(residuals, default=0.0)
 
 
 def _sample_gradients(
@@ -201,20 +200,3 @@ def _check_data(data: tuple[Tensor, Tensor], name: str) -> None:
             f"{name} must hold as many inputs as targets, at least one, "
             f"got {len(data[0])} and {len(data[1])}."
         )
-
-
-def _check_deterministic(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else _own_dropout(module)
-        is_batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if module.training and (rate > 0 or is_batch):
-            raise ValueError(
-                f"model must not depend on chance or on the batch, got {type(module).__name__} {name!r} in"
-                " training mode; call model.eval() first."
-            )
-
-
-def _own_dropout(module: nn.Module) -> float:
-    """The rate of a module that drops out by itself, as LSTM and MultiheadAttention do."""
-    rate = getattr(module, "dropout", 0.0)
-    return float(rate) if isinstance(rate, int | float) else 0.0

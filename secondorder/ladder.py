@@ -50,6 +50,29 @@ def climb(compute: Callable[[], T]) -> T:
         return compute()
 
 
+class Ladder:
+    """``climb`` for many computations with the same operations: remembers that they need ``decompose()``."""
+
+    def __init__(self) -> None:
+        self._decomposes = False
+
+    def climb(self, compute: Callable[[], T]) -> T:
+        """``compute()``, under ``decompose()`` once one needed it."""
+        if self._decomposes:
+            with decompose():
+                return compute()
+        runs = 0
+
+        def counted() -> T:
+            nonlocal runs
+            runs += 1
+            return compute()
+
+        result = climb(counted)
+        self._decomposes = runs > 1
+        return result
+
+
 @contextlib.contextmanager
 def explained(remedy: str) -> Iterator[None]:
     """Say of a missing derivative which operation it is and what to do."""

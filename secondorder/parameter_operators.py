@@ -21,7 +21,6 @@ from secondorder.operators import LinearOperator
 Function = Callable[..., Any]
 # ``pull`` for one vector, ``pull_rows`` for a batch.
 Pull = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
-T = TypeVar("T")
 
 # Width of the block on which a batched backward pass is measured against a loop.
 MEASURED_WIDTH = 8
@@ -47,6 +46,10 @@ class ParameterOperator(LinearOperator):
         first = self.parameters[0]
         n = sum(p.numel() for p in self.parameters)
         super().__init__((n, n), first.dtype, first.device)
+
+    @abstractmethod
+    def differentiated(self) -> Iterable[Tensor | None]:
+        """The tensors through whose graph a product is a backward pass."""
 
     @abstractmethod
     def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
@@ -155,7 +158,7 @@ class Jacobian(LinearOperator):
         def build() -> Jacobian:
             outputs = _arguments.as_tuple(tree.call(func), _arguments.OUTPUTS, "Jacobian.of")[1]
             jacobian = cls(outputs, tree.leaves, keep_graph=keep_graph, batched=batched)
-            return tried(jacobian, jacobian.rows()[1])
+            return tried(jacobian)
 
         return ladder.climb(build)
 
@@ -170,6 +173,10 @@ class Jacobian(LinearOperator):
     def rows(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """The dual vector ``u`` and ``J^T u`` in its graph, kept or built anew."""
         return self._build() if self._rows is None else self._rows
+
+    def differentiated(self) -> Iterable[Tensor | None]:
+        """``J^T u``: the tensors through whose graph ``J @ v`` is a backward pass."""
+        return self.rows()[1]
 
     def push(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
         """``J v`` in parts, shaped like the outputs."""
@@ -237,11 +244,18 @@ class ThroughOutputs(ParameterOperator):
         """``J J^T`` in the space of outputs, shape (m, m): the smaller one with few outputs."""
         return self.jacobian @ self.jacobian.T
 
+    def differentiated(self) -> Iterable[Tensor | None]:
+        """Those of the Jacobian."""
+        return self.jacobian.differentiated()
+
     def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
         return self.jacobian.pull(self._middle(self.jacobian.push(parts, grad), grad), grad)
 
     def _keep(self, indices: list[int]) -> None:
         self.jacobian = self.jacobian.restrict(indices)
+
+
+AnyOperator = TypeVar("AnyOperator", bound=ParameterOperator | Jacobian)
 
 
 def in_batch_or_loop(
@@ -281,9 +295,9 @@ def _seconds(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def tried(operator: T, gradients: Iterable[Tensor | None]) -> T:
+def tried(operator: AnyOperator) -> AnyOperator:
     """The operator, after a product where only a product finds out that a derivative is missing."""
-    if isinstance(operator, LinearOperator) and graph.has_missing(gradients):
+    if graph.has_missing(operator.differentiated()):
         operator @ torch.zeros(operator.shape[1], dtype=operator.dtype, device=operator.device)
     return operator
 

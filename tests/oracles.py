@@ -46,3 +46,15 @@ def central_gradient(func: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-
             12 * h
         )
     return gradient
+
+
+def dense_empirical_fisher(case) -> Tensor:
+    """``sum_n g_n g_n^T / N`` of a network case, from one sample at a time."""
+    parameters = tuple(case.model.parameters())
+    total = 0
+    for i in range(len(case.inputs)):
+        loss = case.loss(case.model(case.inputs[i : i + 1]), case.targets[i : i + 1])
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        g = torch.cat([grad.reshape(-1) for grad in grads])
+        total = total + torch.outer(g, g)
+    return total / len(case.inputs)

@@ -26,6 +26,7 @@ ORDER = [
     "secondorder.parameter_operators",
     "secondorder.curvature",
     "secondorder.fisher",
+    "secondorder._data",
     "secondorder.objective",
     "secondorder.influence",
     "secondorder",
@@ -57,9 +58,9 @@ TOP_LEVEL = {
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 8
-# Mirrors of torch's signatures, constructors of optimizers and public front ends, whose parameters users
-# of the ecosystem expect.
-MANY_PARAMETERS = {"_embedding_bag", "fvp", "hessian", "jacobian", "hvp", "__init__", "influence"}
+# Mirrors of torch's signatures, SciPy's cg with a radius, constructors of optimizers and public front ends,
+# whose parameters users of the ecosystem expect.
+MANY_PARAMETERS = {"_embedding_bag", "fvp", "hessian", "jacobian", "hvp", "__init__", "influence", "cg"}
 
 FILES = sorted(path for package in ("secondorder", "optim") for path in (ROOT / package).rglob("*.py"))
 

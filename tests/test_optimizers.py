@@ -13,8 +13,8 @@ import zoo
 import optim
 from optim._base import SecondOrderOptimizer
 from optim._judge import Counter, Judge, Proposal, QuadraticModel
-from optim.hessian_free import RelativeProgress
 from secondorder import SolveResult, cg
+from secondorder.solvers import RelativeProgress
 
 OPTIMIZERS = {
     "newton": optim.Newton,

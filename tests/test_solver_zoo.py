@@ -12,7 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secondorder import FunctionOperator, MatrixOperator
-from secondorder.solvers import STATUS_TEXT, block_cg, cg, direct, lsmr, minres, steihaug, trust_region
+from secondorder.solvers import (
+    STATUS_TEXT,
+    block_cg,
+    cg,
+    cholesky,
+    direct,
+    gltr,
+    lsmr,
+    minres,
+    modified_cholesky,
+    steihaug,
+    trust_region,
+)
 
 RTOL = 1e-6
 ITERATIVE = {
@@ -21,11 +33,14 @@ ITERATIVE = {
     "minres": lambda A, b: minres(A, b, rtol=RTOL),
     "lsmr": lambda A, b: lsmr(A, b, rtol=RTOL, max_iter=4000),
 }
+CHOLESKY = {"cholesky": cholesky, "modified_cholesky": modified_cholesky}
 ALL = {
     **ITERATIVE,
     "steihaug": lambda A, b: steihaug(A, b, 1e3, rtol=RTOL),
     "direct": direct,
+    **CHOLESKY,
     "trust_region": lambda A, b: trust_region(A, b, 1e3),
+    "gltr": lambda A, b: gltr(A, b, 1e3, rtol=RTOL),
 }
 
 
@@ -48,7 +63,9 @@ def test_claims_are_true(system, name, dtype):
         assert float(direction @ exact_A @ direction) <= limit
 
 
-@pytest.mark.parametrize("name", ["cg", "block_cg", "minres", "lsmr", "direct"])
+@pytest.mark.parametrize(
+    "name", ["cg", "block_cg", "minres", "lsmr", "direct", "cholesky", "modified_cholesky"]
+)
 def test_definite_systems_are_solved(name):
     for system in (s for s in zoo.SYSTEMS.values() if s.kind == "definite"):
         condition = float(torch.linalg.cond(system.A))
@@ -74,7 +91,7 @@ def test_indefinite_systems_are_solved(name):
         assert float((result.x - expected).norm()) <= 1e-4 * float(expected.norm())
 
 
-@pytest.mark.parametrize("name", ["cg", "block_cg", "steihaug", "direct"])
+@pytest.mark.parametrize("name", ["cg", "block_cg", "steihaug", "direct", *CHOLESKY])
 def test_negative_curvature_is_never_stepped_over(name):
     for system in (s for s in zoo.SYSTEMS.values() if "indefinite" in s.kind):
         result = ALL[name](system.A, system.b)
@@ -244,7 +261,10 @@ class TestBlockCG:
             block_cg(torch.eye(2), torch.ones(2, 3), X0=torch.ones(2))
 
 
-@pytest.mark.parametrize("name", ["cg", "minres", "lsmr", "steihaug", "direct", "trust_region"])
+@pytest.mark.parametrize(
+    "name",
+    ["cg", "minres", "lsmr", "steihaug", "direct", "trust_region", "cholesky", "modified_cholesky", "gltr"],
+)
 def test_blocks_are_columns(name):
     system = zoo.SYSTEMS["definite"]
     B = zoo.vector(120, 1).view(40, 3)

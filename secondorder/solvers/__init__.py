@@ -1,9 +1,12 @@
 """Solvers: one algorithm a file. Each knows only ``A @ v`` and returns a ``SolveResult``."""
 
+from secondorder.solvers._directions import CGState
 from secondorder.solvers._result import STATUS_TEXT, SolveResult
 from secondorder.solvers.block_cg import block_cg
-from secondorder.solvers.cg import CGState, cg
+from secondorder.solvers.cg import RelativeProgress, cg
+from secondorder.solvers.cholesky import cholesky, modified_cholesky
 from secondorder.solvers.direct import Spectrum, direct, spectrum
+from secondorder.solvers.gltr import gltr
 from secondorder.solvers.lsmr import lsmr
 from secondorder.solvers.minres import minres
 from secondorder.solvers.steihaug import steihaug
@@ -13,6 +16,7 @@ __all__ = [
     # results
     "STATUS_TEXT",
     "CGState",
+    "RelativeProgress",
     "SolveResult",
     "Spectrum",
     # iterative
@@ -20,9 +24,13 @@ __all__ = [
     "block_cg",
     "minres",
     "lsmr",
+    # trust region
     "steihaug",
+    "gltr",
+    "trust_region",
     # direct
+    "cholesky",
+    "modified_cholesky",
     "direct",
     "spectrum",
-    "trust_region",
 ]

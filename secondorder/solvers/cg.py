@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_limits, check_start, check_system
+from secondorder.solvers._checks import check_limits, check_radius, check_start, check_system
+from secondorder.solvers._directions import CGState, ConjugateDirections
 from secondorder.solvers._result import SolveResult, by_columns
 
-
-class CGState(NamedTuple):
-    """What a callback sees after an iteration.
-
-    Attributes:
-        iteration: Iterations done, from 1.
-        x: Current iterate, shape (n,). A new tensor each time: it may be kept.
-        model: ``x^T A x / 2 - b^T x``, the quadratic that CG minimises.
-    """
-
-    iteration: int
-    x: Tensor
-    model: float
+# Martens (2010), section 4.4: look back max(10, i / 10) iterations.
+LOOK_BACK, LOOK_BACK_FRACTION = 10, 0.1
+# Martens (2010), section 4.6: iterates at ceil(1.3^j) are kept to fall back on.
+KEPT_SPACING = 1.3
 
 
 @by_columns
@@ -38,6 +29,7 @@ def cg(
     *,
     x0: Tensor | None = None,
     M: Any = None,
+    radius: float | None = None,
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_iter: int | None = None,
@@ -46,7 +38,8 @@ def cg(
     """Solve ``A x = b`` for a symmetric positive definite ``A``.
 
     Stops early when a direction of nonpositive curvature appears; ``x`` is then the last iterate
-    before it, and ``direction`` that direction. The recursive residual of CG drifts away from the true
+    before it, and ``direction`` that direction. With a ``radius`` it goes on to the boundary of the ball, as
+    ``steihaug``. The recursive residual of CG drifts away from the true
     one in finite precision: when it claims convergence, the true one is computed, and the
     iteration restarts from it until it agrees or no longer improves ("stagnated").
 
@@ -56,19 +49,21 @@ def cg(
             together.
         x0: Start, of the shape of ``b``; zeros when None.
         M: Preconditioner, ``M @ r`` close to ``A^-1 r``, symmetric positive definite; identity when None.
+        radius: Bound on the length of ``x``, in the norm of ``M^-1``, Euclidean without ``M``; None for none.
         rtol: Stop when ``norm(b - A x) <= max(rtol * norm(b), atol)``. Dimensionless.
         atol: See ``rtol``; in units of ``b``.
         max_iter: Number of iterations allowed; ``10 * n`` when None.
-        callback: Called with a ``CGState`` after each iteration; stops the iteration by returning True.
+        callback: Called with a ``CGState`` after each iteration; stops the iteration by returning True. See
+            ``RelativeProgress`` for the stop of Hessian-free optimization.
 
     Returns:
         ``SolveResult`` with ``status`` "converged", "max_iter", "negative_curvature", "singular",
-        "stopped", "stagnated" or "non_finite".
+        "boundary", "stopped", "stagnated" or "non_finite".
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
         ValueError: shapes do not fit; ``A`` is not symmetric; a tolerance is negative; ``M`` is not positive
-            definite.
+            definite; ``radius`` is not positive, or given with ``M`` and ``x0``, or smaller than ``x0``.
 
     Cost: one product with ``A``, one with ``M`` and two host reads an iteration, five vectors of
     storage; one more product at the end, and one at the start when ``x0`` is given.
@@ -81,12 +76,13 @@ def cg(
     check_system(A, b)
     check_start(x0, b, b.shape[0])
     check_limits(rtol, atol, max_iter)
+    _check_radius(radius, x0, M)
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)
     run = ConjugateDirections(A, b, x0, M)
     verified = math.inf
     while True:
-        status = _iterate(run, tolerance, limit, callback)
+        status = _iterate(run, tolerance, limit, radius, callback)
         residual_norm, quadratic = run.measure()
         if status != "converged" or residual_norm <= tolerance:
             break
@@ -105,6 +101,7 @@ def _iterate(
     run: ConjugateDirections,
     tolerance: float,
     limit: int,
+    radius: float | None,
     callback: Callable[[CGState], bool | None] | None,
 ) -> str:
     """Iterate until something stops it; the status says what."""
@@ -118,6 +115,10 @@ def _iterate(
         curvature = run.curvature()
         if not math.isfinite(curvature):
             return "non_finite"
+        length = None if radius is None else run.to_boundary(radius)
+        if length is not None:
+            run.move(length)
+            return "boundary" if curvature > 0 else "negative_curvature"
         if curvature <= 0:
             return "negative_curvature"
         if run.is_flat:
@@ -127,85 +128,49 @@ def _iterate(
             return "stopped"
 
 
-class ConjugateDirections:
-    """The recurrence of CG, without a decision: ``cg`` and ``steihaug`` drive it.
+def _check_radius(radius: float | None, x0: Tensor | None, M: Any) -> None:
+    if radius is None:
+        return
+    check_radius(radius)
+    if x0 is not None and M is not None:
+        raise ValueError("x0 must be None with a radius and M: its length in the norm of M^-1 is unknown.")
+    if x0 is not None and not float(x0.norm()) <= radius:
+        raise ValueError(f"x0 must lie within the radius {radius}, got one of length {float(x0.norm()):.6g}.")
 
-    Between ``curvature()`` and ``advance()`` the caller may look at ``direction`` and stop; ``x`` is then
-    unchanged. Counts its products.
+
+class RelativeProgress:
+    """Martens' stop: the model decreased by less than ``rate`` an iteration over the last ``k``.
+
+    A callback for ``cg``, which then returns with status "stopped". With ``k = max(10, i / 10)`` and the
+    model's values ``q``, stops when ``q_i < 0`` and ``(q_i - q_{i-k}) / q_i < k * rate``. Without the factor
+    ``k`` it costs 15 percent more products, measured on a classifier and on a physics-informed network,
+    three seeds each.
+
+    Args:
+        rate: Relative decrease an iteration that is not worth its product; Martens: 5e-4.
+
+    Attributes:
+        kept: Iterates at ``ceil(1.3^j)``, to fall back on.
+
+    Reference: Martens (2010), Deep learning via Hessian-free optimization, sections 4.4 and 4.6.
     """
 
-    def __init__(self, A: Any, b: Tensor, x0: Tensor | None, M: Any) -> None:
-        self._A, self._b, self._M = A, b, M
-        self.iteration = 0
-        self.products = 0
-        self.is_flat = False
-        self._steepest = 0.0
-        if x0 is None:
-            self.x = b.new_zeros(b.shape)
-            self._residual = b
-        else:
-            self.x = x0.to(b)
-            self._residual = b - self._multiply(self.x)
-        self._aim()
+    def __init__(self, rate: float = 5e-4) -> None:
+        self.kept: list[Tensor] = []
+        self._rate = rate
+        self._models: list[float] = []
+        self._next, self._power = 1, 0
 
-    def _multiply(self, v: Tensor) -> Tensor:
-        self.products += 1
-        product: Tensor = self._A @ v
-        return product
-
-    def _aim(self) -> None:
-        """Start a new sequence of directions from the current residual."""
-        self.residual_norm = float(self._residual.norm())
-        z = self._residual if self._M is None else self._M @ self._residual
-        self.direction = z
-        self._rz = self._residual.dot(z)
-        self._check_preconditioner()
-
-    def _check_preconditioner(self) -> None:
-        rz = float(self._rz) if self._M is not None and self.residual_norm > 0 else 1.0
-        if rz <= 0:
-            raise ValueError(
-                f"M must be symmetric positive definite, got r^T M r = {rz:.3g}"
-                f" in iteration {self.iteration}."
-            )
-
-    def curvature(self) -> float:
-        """``d^T A d`` of the next direction ``d``: one product.
-
-        Afterwards ``is_flat`` says whether ``A`` vanishes along ``d`` to rounding, compared with the
-        steepest direction so far: the system is singular, and a step along ``d`` has no bound.
-        """
-        self._Ad = self._multiply(self.direction)
-        self._dAd = self.direction.dot(self._Ad)
-        curvature, squared_norm = torch.stack([self._dAd, self.direction.dot(self.direction)]).tolist()
-        quotient = curvature / squared_norm if squared_norm > 0 else 0.0
-        self._steepest = max(self._steepest, quotient)
-        self.is_flat = quotient <= torch.finfo(self._Ad.dtype).eps * self._steepest
-        return float(curvature)
-
-    def advance(self) -> None:
-        """Step to the minimiser along the direction and choose the next one."""
-        alpha = self._rz / self._dAd
-        self.x = self.x + alpha * self.direction
-        self._residual = self._residual - alpha * self._Ad
-        z = self._residual if self._M is None else self._M @ self._residual
-        previous, self._rz = self._rz, self._residual.dot(z)
-        self.direction = z + (self._rz / previous) * self.direction
-        self.residual_norm = float(self._residual.norm())
-        self.iteration += 1
-        self._check_preconditioner()
-
-    def state(self) -> CGState:
-        """The current iterate and its model value, from the recursive residual."""
-        return CGState(self.iteration, self.x, -0.5 * float(self.x.dot(self._b + self._residual)))
-
-    def measure(self) -> tuple[float, float]:
-        """The true ``norm(b - A x)`` and ``x^T A x``: one product."""
-        Ax = self._multiply(self.x)
-        self._residual_true = self._b - Ax
-        return float(self._residual_true.norm()), float(self.x.dot(Ax))
-
-    def restart(self) -> None:
-        """Go on from the true residual that ``measure`` found."""
-        self._residual = self._residual_true
-        self._aim()
+    def __call__(self, state: CGState) -> bool:
+        """Note the iterate; True when CG should stop."""
+        self._models.append(state.model)
+        if state.iteration == self._next:
+            self.kept.append(state.x)
+            while self._next <= state.iteration:
+                self._power += 1
+                self._next = math.ceil(KEPT_SPACING**self._power)
+        k = max(LOOK_BACK, int(LOOK_BACK_FRACTION * state.iteration))
+        if state.iteration <= k or state.model >= 0:
+            return False
+        before = self._models[-1 - k]
+        return (state.model - before) / state.model < k * self._rate

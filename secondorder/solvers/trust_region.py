@@ -63,7 +63,9 @@ def _solve(eigen: Spectrum, b: Tensor, radius: float) -> SolveResult:
     along = eigen.vectors.T @ b
     # The root is scalar work: on the host, in float64, whatever the device.
     values, target = eigen.values.double().cpu(), along.double().cpu()
-    coordinates, shift, status, iterations = _minimise(values, target, radius, eigen.rounding, b.dtype)
+    coordinates, shift, status, iterations = minimise_diagonal(
+        values, target, radius, eigen.rounding, b.dtype
+    )
     x = eigen.vectors @ coordinates.to(b)
     Ax = eigen.matrix @ x
     residual_norm = float((b - Ax - shift * x).norm())
@@ -82,7 +84,7 @@ def _solve(eigen: Spectrum, b: Tensor, radius: float) -> SolveResult:
     )
 
 
-def _minimise(
+def minimise_diagonal(
     values: Tensor, target: Tensor, radius: float, rounding: float, dtype: torch.dtype
 ) -> tuple[Tensor, float, str, int]:
     """Solve the diagonal problem; returns coordinates, shift, status and root iterations."""

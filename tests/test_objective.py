@@ -1,0 +1,310 @@
+"""A loss over a dataset: independent of how the data is cut, equal to dense references, safe to call."""
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from secondorder import Objective
+from secondorder.flat import flatten
+
+DOUBLE = torch.float64
+# The issue's: how the data is cut must not show in float64.
+SAME = dict(rtol=1e-10, atol=1e-12)
+L2 = 0.3
+OPERATORS = ("hessian", "gauss_newton", "empirical_fisher")
+
+
+def sum_of(loss):
+    """The loss summed over samples, from the mean over a batch."""
+    return lambda outputs, targets: len(outputs) * loss(outputs, targets)
+
+
+def objective(case, data=None, reduction="mean", **options):
+    data = (case.inputs, case.targets) if data is None else data
+    loss = case.loss if reduction == "mean" else sum_of(case.loss)
+    return Objective(case.model, loss, data, reduction=reduction, **{"l2": L2, **options})
+
+
+def sources(case):
+    """One dataset in several forms, with ragged last batches."""
+    inputs, targets = case.inputs, case.targets
+    dataset = TensorDataset(inputs, targets)
+    return {
+        "whole": dict(),
+        "ones": dict(batch_size=1),
+        "tensors": dict(batch_size=4),
+        "dataset": dict(data=dataset, batch_size=2),
+        "loader": dict(data=DataLoader(dataset, batch_size=3, shuffle=True)),
+        "list": dict(data=[(inputs[:1], targets[:1]), (inputs[1:], targets[1:])]),
+    }
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_all_quantities_equal_dense_ones_however_the_data_is_cut(network_case, reduction):
+    case = network_case
+    parameters = tuple(case.model.parameters())
+    n = sum(p.numel() for p in parameters)
+    scale = 1.0 if reduction == "mean" else len(case.inputs)
+    eye, w = torch.eye(n, dtype=DOUBLE), flatten([p.detach() for p in parameters])
+    value = scale * case.value().detach() + L2 / 2 * w.square().sum()
+    grads = torch.autograd.grad(case.value(), parameters, allow_unused=True, materialize_grads=True)
+    dense = {
+        "hessian": scale * oracles.dense_hessian(case.loss_of, parameters) + L2 * eye,
+        "gauss_newton": scale * oracles.dense_gauss_newton(case) + L2 * eye,
+        "empirical_fisher": scale * oracles.dense_empirical_fisher(case) + L2 * eye,
+    }
+    v = zoo.vector(n, 5)
+    for name, source in sources(case).items():
+        whole = objective(case, reduction=reduction, **source)
+        both = whole.value_and_gradient()
+        torch.testing.assert_close(whole.value(), value, **SAME, msg=name)
+        torch.testing.assert_close(both[0], value, **SAME)
+        torch.testing.assert_close(both[1], scale * flatten(grads) + L2 * w, **SAME)
+        for operator, matrix in dense.items():
+            A = getattr(whole, operator)()
+            torch.testing.assert_close(A @ v, matrix @ v, **SAME)
+            # A second product, which may run on kept graphs, and a block of them.
+            torch.testing.assert_close(A @ v, matrix @ v, **SAME)
+            torch.testing.assert_close(A @ eye[:, :3], matrix[:, :3], **SAME)
+
+
+def test_fisher_is_the_gauss_newton_matrix_of_cross_entropy():
+    case = zoo.network("cnn_batch_norm")
+    whole = objective(case, batch_size=2, l2=0.0)
+    torch.testing.assert_close(whole.fisher().dense(), oracles.dense_gauss_newton(case), **SAME)
+    drawn = whole.fisher(num_samples=2000, seed=1)
+    torch.testing.assert_close(drawn @ torch.ones(drawn.shape[0], dtype=DOUBLE), drawn.dense().sum(1), **SAME)
+    assert (drawn.dense() - whole.fisher().dense()).norm() < 0.1 * whole.fisher().dense().norm()
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_graphs_are_kept_or_not_on_request(keep_graph):
+    case, calls = zoo.network("mlp_mse"), []
+    case.model.register_forward_hook(lambda *_: calls.append(1))
+    A = objective(case, batch_size=4).hessian(keep_graph=keep_graph)
+    assert not calls, "construction must not walk the data"
+    v = torch.ones(A.shape[0], dtype=DOUBLE)
+    torch.testing.assert_close(A @ v, A @ v)
+    assert len(calls) == (3 if keep_graph else 6)
+
+
+def test_one_batch_keeps_its_graph():
+    case, calls = zoo.network("mlp_mse"), []
+    case.model.register_forward_hook(lambda *_: calls.append(1))
+    A = objective(case).gauss_newton()
+    for _ in range(3):
+        A @ torch.ones(A.shape[0], dtype=DOUBLE)
+    assert len(calls) == 1
+
+
+def test_memory_is_that_of_one_batch():
+    from memory import peak_bytes
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
+    x, y = torch.randn(512, 8), torch.randn(512, 1)
+    peaks = {}
+    for samples in (64, 512):
+        H = Objective(model, F.mse_loss, (x[:samples], y[:samples]), batch_size=32).hessian()
+        v = torch.ones(H.shape[0])
+        peaks[samples] = peak_bytes(lambda H=H, v=v: H @ v)
+    assert peaks[512] <= 1.05 * peaks[64]
+
+
+def test_a_changed_parameter_is_noticed():
+    case = zoo.network("mlp_mse")
+    H = objective(case, batch_size=4).hessian()
+    with torch.no_grad():
+        next(case.model.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="parameters have changed"):
+        H @ torch.ones(H.shape[0], dtype=DOUBLE)
+
+
+def test_nothing_of_the_caller_changes():
+    case = zoo.network("cnn_batch_norm")
+    case.model[0].weight.grad = torch.ones_like(case.model[0].weight)
+    loader = DataLoader(TensorDataset(case.inputs, case.targets), batch_size=2, shuffle=True)
+    buffers = [b.clone() for b in case.model.buffers()]
+    state = torch.get_rng_state()
+    whole = objective(case, loader)
+    whole.value_and_gradient()
+    whole.hessian() @ torch.ones(whole.gradient().shape, dtype=DOUBLE)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, buffers, case.model.buffers()))
+    assert torch.equal(case.model[0].weight.grad, torch.ones_like(case.model[0].weight))
+
+
+def test_augmentation_repeats_itself():
+    """Products of one operator see one dataset, even if loading it draws random numbers."""
+    case = zoo.network("mlp_mse")
+
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + torch.randn_like(x), y
+
+    whole = objective(case, DataLoader(Noisy(case.inputs, case.targets), batch_size=4, shuffle=True))
+    assert torch.equal(whole.value(), whole.value())
+    H = whole.hessian()
+    v = torch.ones(H.shape[0], dtype=DOUBLE)
+    assert torch.equal(H @ v, H @ v)
+
+
+def test_attention_is_decomposed_once():
+    model = zoo.Attention().double()
+    inputs, targets = torch.randn(6, 3, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 1, 2])
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    whole = Objective(model, F.cross_entropy, (inputs, targets), batch_size=2)
+    H = whole.hessian()
+    v = torch.ones(H.shape[0], dtype=DOUBLE)
+    product = H @ v
+    assert len(calls) <= 4
+    calls.clear()
+    torch.testing.assert_close(H @ v, product, **SAME)
+    assert len(calls) == 3
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss_of(*values):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            outputs = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (inputs,))
+        return F.cross_entropy(outputs, targets)
+
+    torch.testing.assert_close(product, oracles.dense_hessian(loss_of, tuple(model.parameters())) @ v, **SAME)
+
+
+def test_tuples_and_dicts_of_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Bilinear(2, 3, 1)
+
+        def forward(self, left, right):
+            return self.linear(left, right)
+
+    model, a, b, y = Two(), torch.randn(5, 2), torch.randn(5, 3), torch.randn(5, 1)
+    lists = [((a[:2], b[:2]), y[:2]), ((a[2:], b[2:]), y[2:])]
+    dicts = [({"left": a[:2], "right": b[:2]}, y[:2]), ({"right": b[2:], "left": a[2:]}, y[2:])]
+    expected = F.mse_loss(model(a, b), y)
+    for data in (lists, dicts):
+        torch.testing.assert_close(Objective(model, nn.MSELoss(), data).value(), expected.detach())
+
+
+def test_some_parameters():
+    case = zoo.network("mlp_cross_entropy")
+    chosen = [case.model[2].weight]
+    H = objective(case, parameters=chosen, l2=0.0, batch_size=4).hessian()
+    full = oracles.dense_hessian(case.loss_of, tuple(case.model.parameters()))
+    before = sum(p.numel() for p in list(case.model.parameters())[:2])
+    where = slice(before, before + chosen[0].numel())
+    torch.testing.assert_close(H.dense(), full[where, where], **SAME)
+
+
+def test_newton_step_on_a_linear_model_is_exact():
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 5, dtype=DOUBLE), torch.randn(200, 1, dtype=DOUBLE)
+    model = nn.Linear(5, 1, dtype=DOUBLE)
+    whole = Objective(model, F.mse_loss, (x, y), l2=0.1, batch_size=64)
+    step = whole.hessian().solve(-whole.gradient()).x
+    torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(model.parameters()) + step, model.parameters()
+    )
+    assert whole.gradient().norm() < 1e-12
+
+
+MODELS = {
+    "dropout": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), "Dropout '1' in training mode"),
+    "batch_norm": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "BatchNorm1d '1' in training"),
+    "no_running_statistics": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval(),
+        "BatchNorm1d '1' without running",
+    ),
+    "lstm_dropout": (lambda: nn.LSTM(4, 3, num_layers=2, dropout=0.2), "LSTM '' in training mode"),
+    "rrelu": (lambda: nn.Sequential(nn.Linear(4, 3), nn.RReLU()), "RReLU '1' in training mode"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_module_that_depends_on_chance_or_batch_is_named(name):
+    build, message = MODELS[name]
+    with pytest.raises(ValueError, match=message):
+        Objective(build(), F.mse_loss, (torch.randn(6, 4), torch.randn(6, 3)))
+
+
+class FunctionalDropout(nn.Linear):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5)
+
+
+class Counting(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [(FunctionalDropout, "draw random numbers"), (Counting, "'calls' has changed")]
+)
+def test_a_forward_pass_that_is_not_a_function_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(model(4, 3), F.mse_loss, (torch.randn(6, 4), torch.randn(6, 3))).value()
+
+
+def test_a_loss_that_depends_on_the_batch_is_refused():
+    case = zoo.network("mlp_cross_entropy")
+    weight = torch.tensor([1.0, 20.0, 0.1], dtype=DOUBLE)
+    weighted = nn.CrossEntropyLoss(weight=weight)
+    with pytest.raises(ValueError, match="halves give"):
+        Objective(case.model, weighted, (case.inputs, case.targets)).value()
+    summed = nn.CrossEntropyLoss(weight=weight, reduction="sum")
+    with pytest.raises(ValueError, match="'sum' and 'mean'"):
+        Objective(case.model, summed, (case.inputs, case.targets))
+    value = Objective(case.model, summed, (case.inputs, case.targets), reduction="sum", batch_size=2).value()
+    torch.testing.assert_close(value, summed(case.outputs(), case.targets).detach())
+
+
+BAD = {
+    "iterator": (dict(data=iter([1])), TypeError, "list_iterator; it is walked"),
+    "number": (dict(data=3), TypeError, "got int"),
+    "triple": (dict(data=[(1, 2, 3)]), TypeError, "got a tuple of 3 as batch 0"),
+    "lengths": (dict(data=(torch.zeros(3, 4), torch.zeros(2, 3))), ValueError, r"\(3, 4\) and \(2, 3\)"),
+    "empty_list": (dict(data=[]), ValueError, "at least one sample"),
+    "empty_tensors": (dict(data=(torch.zeros(0, 4), torch.zeros(0, 3))), ValueError, "at least one sample"),
+    "drop_last": (
+        dict(data=DataLoader(TensorDataset(torch.zeros(3, 4)), batch_size=2, drop_last=True)),
+        ValueError,
+        "drop_last=True",
+    ),
+    "batch_size": (dict(batch_size=0), ValueError, "batch_size must be a positive integer, got 0"),
+    "l2": (dict(l2=-1.0), ValueError, "l2 must be non-negative, got -1.0"),
+    "reduction": (dict(reduction="none"), ValueError, "'mean' or 'sum', got 'none'"),
+    "unreduced": (dict(loss=lambda z, t: (z - t) ** 2), ValueError, r"got \(6, 3\); reduce it"),
+    "parameters": (dict(parameters=[]), ValueError, "at least one tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    options, error, message = BAD[name]
+    arguments = {"loss": F.mse_loss, "data": (torch.randn(6, 4), torch.randn(6, 3)), **options}
+    with pytest.raises(error, match=message):
+        Objective(nn.Linear(4, 3), arguments.pop("loss"), arguments.pop("data"), **arguments).value()
+
+
+def test_progress_bar_names_the_pass(capsys):
+    case = zoo.network("mlp_mse")
+    whole = objective(case, batch_size=2, progress=True)
+    whole.value()
+    whole.hessian() @ torch.ones(whole.gradient().shape, dtype=DOUBLE)
+    shown = capsys.readouterr().err
+    assert all(f"{name}:" in shown for name in ("value", "gradient", "hessian"))
+    assert "batch" in shown
+    assert repr(whole) == "Objective(Sequential, 37 parameters, l2=0.3, 'mean')"
