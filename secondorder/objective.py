@@ -270,6 +270,9 @@ class OverBatches(LinearOperator):
     def _matmat(self, V: Tensor) -> Tensor:
         return self._matvec(V)
 
+    def __repr__(self) -> str:
+        return f"OverBatches({self._name!r} of {self._objective!r}, shape={self.shape}, dtype={self.dtype})"
+
 
 def _checked_call(model: nn.Module, inputs: Any) -> Any:
     """``model(inputs)``; raises where that draws random numbers or writes to a buffer."""

@@ -31,8 +31,9 @@ class ConjugateDirections:
     ``M``; of ``M^-1`` itself nothing is needed (Conn, Gould and Toint 2000, section 7.5.1).
     """
 
-    def __init__(self, A: Any, b: Tensor, x0: Tensor | None, M: Any) -> None:
+    def __init__(self, A: Any, b: Tensor, x0: Tensor | None, M: Any, is_bounded: bool = False) -> None:
         self._A, self._b, self._M = A, b, M
+        self._is_bounded = is_bounded
         self.iteration = 0
         self.products = 0
         self.is_flat = False
@@ -77,11 +78,24 @@ class ConjugateDirections:
         """
         self._Ad = self._multiply(self.direction)
         self._dAd = self.direction.dot(self._Ad)
-        curvature, squared_norm = torch.stack([self._dAd, self.direction.dot(self.direction)]).tolist()
+        # One read of the host for all.
+        squares = [self._dAd, self.direction.dot(self.direction), *self._lengths()]
+        curvature, squared_norm, *self._read = torch.stack(squares).tolist()
+        self._read.append(curvature)
         quotient = curvature / squared_norm if squared_norm > 0 else 0.0
         self._steepest = max(self._steepest, quotient)
         self.is_flat = quotient <= torch.finfo(self._Ad.dtype).eps * self._steepest
         return float(curvature)
+
+    def _lengths(self) -> list[Tensor]:
+        """What ``to_boundary`` needs to know, where there is one."""
+        if not self._is_bounded:
+            return []
+        if self._M is None:
+            # Without a preconditioner the inner products themselves are more accurate than recurrences.
+            d = self.direction
+            return [d.dot(d), self.x.dot(d), self.x.dot(self.x), self._rz]
+        return [self._d_d, self._x_d, self._x_x, self._rz]
 
     def advance(self) -> None:
         """Step to the minimiser along the direction and choose the next one."""
@@ -108,13 +122,7 @@ class ConjugateDirections:
 
         None where the step of ``advance`` ends inside.
         """
-        if self._M is None:
-            # Without a preconditioner the inner products themselves are more accurate than recurrences.
-            d = self.direction
-            terms = [d.dot(d), self.x.dot(d), self.x.dot(self.x)]
-        else:
-            terms = [self._d_d, self._x_d, self._x_x]
-        a, half_b, squared, rz, curvature = torch.stack([*terms, self._rz, self._dAd]).tolist()
+        a, half_b, squared, rz, curvature = self._read
         alpha = rz / curvature if curvature > 0 else math.inf
         if squared + alpha * (2 * half_b + alpha * a) < radius * radius:
             return None

@@ -79,7 +79,7 @@ def cg(
     _check_radius(radius, x0, M)
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)
-    run = ConjugateDirections(A, b, x0, M)
+    run = ConjugateDirections(A, b, x0, M, is_bounded=radius is not None)
     verified = math.inf
     while True:
         status = _iterate(run, tolerance, limit, radius, callback)

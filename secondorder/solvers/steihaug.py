@@ -51,7 +51,7 @@ def steihaug(
         ValueError: shapes do not fit; ``radius`` is not positive; a tolerance is negative; ``M`` is not
             positive definite.
 
-    Cost: one product and three host reads an iteration, five vectors of storage; one product at the end.
+    Cost: one product and two host reads an iteration, five vectors of storage; one product at the end.
 
     Example:
         >>> A = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
