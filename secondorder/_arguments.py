@@ -253,3 +253,10 @@ def give_back(tensors: Tensors, is_tuple: bool, create_graph: bool) -> Any:
     """Results in the user's structure; detached unless a graph was asked for."""
     results = tensors if create_graph else tuple(tensor.detach() for tensor in tensors)
     return results if is_tuple else results[0]
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Raise ValueError unless it is None or a positive integer."""
+    is_number = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (is_number and chunk_size >= 1):
+        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")

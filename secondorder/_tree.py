@@ -64,6 +64,8 @@ class Tree(NamedTuple):
         if spec != self.spec:
             raise ValueError(f"v must have the structure of the inputs, {self.spec}, got {spec}.")
         for part, leaf in zip(parts, self.leaves, strict=True):
+            if not isinstance(part, Tensor):
+                raise ValueError(f"v must hold tensors as the inputs do, got {type(part).__name__}.")
             shape = part.shape[1:] if batched else part.shape
             if shape != leaf.shape or part.dtype != leaf.dtype or (batched and part.ndim == 0):
                 wanted = ("k", *leaf.shape) if batched else tuple(leaf.shape)
@@ -71,6 +73,9 @@ class Tree(NamedTuple):
                     f"v must have shape {wanted} and dtype {leaf.dtype},"
                     f" got {tuple(part.shape)} and {part.dtype}."
                 )
+        if batched and len({part.shape[0] for part in parts}) > 1:
+            sizes = [part.shape[0] for part in parts]
+            raise ValueError(f"v must hold batches of one size, got leading dimensions {sizes}.")
         return tuple(parts)
 
 

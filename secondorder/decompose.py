@@ -8,7 +8,7 @@ derivatives of the norm layers are wrong; ``mse_loss`` and ``huber_loss`` have n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from secondorder import _compositions
 
 
 class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like torch.no_grad
@@ -59,303 +61,32 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
         return replacement(*args, **(kwargs or {}))
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    others = [d for d in range(v.ndim) if d != dim] if dim != -1 else list(range(v.ndim))
-    return v * (g / v.square().sum(others, keepdim=True).sqrt())
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    dims = list(range(-len(normalized_shape), 0))
-    return _affine(_standardise(input, dims, eps), weight, bias)
-
-
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    groups = input.reshape(input.shape[0], num_groups, -1)
-    return _affine_of_channels(_standardise(groups, [-1], eps).view(input.shape), weight, bias)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    dims = list(range(2, input.ndim))
-    if use_input_stats:
-        if running_mean is not None and running_var is not None:
-            variance, mean = torch.var_mean(input.detach(), dims)
-            _move(running_mean, mean.mean(0), momentum)
-            _move(running_var, variance.mean(0), momentum)
-        return _affine_of_channels(_standardise(input, dims, eps), weight, bias)
-    return _normalise_by(input, running_mean, running_var, weight, bias, eps)
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not training:
-        return _normalise_by(input, running_mean, running_var, weight, bias, eps)
-    dims = [d for d in range(input.ndim) if d != 1]
-    if running_mean is not None and running_var is not None:
-        variance, mean = torch.var_mean(input.detach(), dims)
-        _move(running_mean, mean, momentum)
-        _move(running_var, variance, momentum)
-    return _affine_of_channels(_standardise(input, dims, eps), weight, bias)
-
-
-def _move(running: Tensor, batch: Tensor, momentum: float) -> None:
-    running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
-
-
-def _standardise(input: Tensor, dims: list[int], eps: float) -> Tensor:
-    centred = input - input.mean(dims, keepdim=True)
-    return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
-
-
-def _normalise_by(
-    input: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    if mean is None or variance is None:
-        raise ValueError(
-            "running_mean and running_var must be given when the input's statistics are not used."
-        )
-    centred = input - _of_channels(mean, input)
-    return _affine_of_channels(centred / (_of_channels(variance, input) + eps).sqrt(), weight, bias)
-
-
-def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    input = input if weight is None else input * weight
-    return input if bias is None else input + bias
-
-
-def _affine_of_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    weight = None if weight is None else _of_channels(weight, input)
-    return _affine(input, weight, None if bias is None else _of_channels(bias, input))
-
-
-def _of_channels(values: Tensor, input: Tensor) -> Tensor:
-    return values.view(1, -1, *([1] * (input.ndim - 2)))
-
-
-def _modern(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """``reduction``, or what the two arguments that it replaced say."""
-    if size_average is None and reduce is None:
-        return reduction
-    if reduce is False:
-        return "none"
-    return "sum" if size_average is False else "mean"
-
-
-def _reduce(losses: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
-    if weight is not None:
-        losses = losses * weight
-        if reduction == "mean":
-            return losses.sum() / weight.expand(losses.shape).sum()
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
-
-
-def _mse_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    reduction = _modern(size_average, reduce, reduction)
-    return _reduce((input - target).square(), reduction, weight)
-
-
-def _huber_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    delta: float = 1.0,
-    weight: Tensor | None = None,
-) -> Tensor:
-    difference = input - target
-    inside = difference.abs() <= delta
-    losses = torch.where(inside, 0.5 * difference.square(), delta * (difference.abs() - 0.5 * delta))
-    return _reduce(losses, reduction, weight)
-
-
-def _soft_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    reduction = _modern(size_average, reduce, reduction)
-    return _reduce(-F.logsigmoid(target * input), reduction)
-
-
-def _multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    p: int = 1,
-    margin: float = 1.0,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    reduction = _modern(size_average, reduce, reduction)
-    rows = input.reshape(-1, input.shape[-1])
-    index = target.reshape(-1, 1)
-    hinge = (margin - rows.gather(1, index) + rows).relu() ** p
-    if weight is not None:
-        hinge = hinge * weight[index]
-    own = torch.zeros_like(hinge, dtype=torch.bool).scatter(1, index, True)
-    losses = hinge.masked_fill(own, 0.0).sum(1) / rows.shape[1]
-    return _reduce(losses if input.ndim > 1 else losses[0], reduction)
-
-
-def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    result = (input + 3).clamp(0, 6) / 6
-    return input.copy_(result) if inplace else result
-
-
-def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:  # noqa: ARG001
-    return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
-
-
-def _pdist(input: Tensor, p: float = 2.0) -> Tensor:
-    first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
-    return _norm(input[first] - input[second], p)
-
-
-def _norm(difference: Tensor, p: float) -> Tensor:
-    """``norm(difference, p)`` over the last dimension, with zero derivative where it vanishes."""
-    if p != 2:
-        return torch.linalg.vector_norm(difference, p, dim=-1)
-    squared = difference.square().sum(-1)
-    apart = squared > 0
-    return torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
-
-
-def _cholesky_inverse(L: Tensor, upper: bool = False) -> Tensor:
-    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand(L.shape)
-    half = torch.linalg.solve_triangular(L, eye, upper=upper)
-    return half @ half.mH if upper else half.mH @ half
-
-
-def _embedding_bag(
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,  # noqa: ARG001 - goes with max_norm
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        raise ValueError(
-            "embedding_bag has no second derivative with max_norm, scale_grad_by_freq or sparse."
-        )
-    bags, flat, number = _bags(input, offsets, include_last_offset)
-    kept = torch.ones_like(flat, dtype=torch.bool) if padding_idx is None else flat != padding_idx
-    rows, bags = weight[flat[kept]], bags[kept]
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights.reshape(-1)[kept].unsqueeze(1)
-    out = rows.new_zeros(number, weight.shape[1])
-    if mode == "max":
-        index = bags.unsqueeze(1).expand_as(rows)
-        return out.scatter_reduce(0, index, rows, "amax", include_self=False)
-    total = out.index_add(0, bags, rows)
-    if mode == "sum":
-        return total
-    count = torch.bincount(bags, minlength=number).clamp_min(1)
-    return total / count.to(total.dtype).unsqueeze(1)
-
-
-def _bags(input: Tensor, offsets: Tensor | None, include_last: bool) -> tuple[Tensor, Tensor, int]:
-    """The bag of each index, the indices, and the number of bags."""
-    if input.ndim == 2:
-        bags = torch.arange(input.shape[0], device=input.device).repeat_interleave(input.shape[1])
-        return bags, input.reshape(-1), input.shape[0]
-    if offsets is None:
-        raise ValueError("offsets must be given for indices of shape (n,), got None.")
-    starts = offsets[:-1] if include_last else offsets
-    positions = torch.arange(len(input), device=input.device)
-    return torch.searchsorted(starts.contiguous(), positions, right=True) - 1, input, len(starts)
-
-
-def _sparse_coo_tensor(
-    indices: Tensor, values: Any, size: Sequence[int] | None = None, **options: Any
-) -> Tensor:
-    """A strided tensor, when values are differentiated: torch drops the second derivative of a sparse one."""
-    if not (isinstance(values, Tensor) and values.requires_grad):
-        arguments = (indices, values) if size is None else (indices, values, size)
-        return torch.sparse_coo_tensor(*arguments, **options)
-    sparse_dims = [int(rows.max()) + 1 for rows in indices] if size is None else list(size[: len(indices)])
-    dense = values.new_zeros(*sparse_dims, *values.shape[1:])
-    return dense.index_put(tuple(indices), values, accumulate=True)
-
-
-def _sparse_mm(mat1: Tensor, mat2: Tensor) -> Tensor:
-    is_strided = mat1.layout is torch.strided and mat2.layout is torch.strided
-    return mat1 @ mat2 if is_strided else torch.sparse.mm(mat1, mat2)
-
-
 # Their second derivative is missing or, of the first three, wrong in silence: whoever differentiates twice
 # may replace these always.
 WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch._weight_norm: _weight_norm,
-    torch.sparse_coo_tensor: _sparse_coo_tensor,
-    torch.sparse.mm: _sparse_mm,
-    F.multi_margin_loss: _multi_margin_loss,
-    F.hardsigmoid: _hardsigmoid,
-    F.embedding_bag: _embedding_bag,
-    torch.cdist: _cdist,
-    torch.pdist: _pdist,
-    F.pdist: _pdist,
-    torch.cholesky_inverse: _cholesky_inverse,
-    Tensor.cholesky_inverse: _cholesky_inverse,
+    torch._weight_norm: _compositions.weight_norm,
+    torch.sparse_coo_tensor: _compositions.sparse_coo_tensor,
+    torch.sparse.mm: _compositions.sparse_mm,
+    torch._sparse_sum: _compositions.sparse_sum,  # of torch.sparse.sum
+    Tensor.coalesce: _compositions.coalesce,
+    F.multi_margin_loss: _compositions.multi_margin_loss,
+    F.hardsigmoid: _compositions.hardsigmoid,
+    F.embedding_bag: _compositions.embedding_bag,
+    torch.cdist: _compositions.cdist,
+    torch.pdist: _compositions.pdist,
+    F.pdist: _compositions.pdist,
+    torch.cholesky_inverse: _compositions.cholesky_inverse,
+    Tensor.cholesky_inverse: _compositions.cholesky_inverse,
 }
 
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **WITHOUT_SECOND_DERIVATIVE,
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
-    F.batch_norm: _batch_norm,
-    F.mse_loss: _mse_loss,
-    F.huber_loss: _huber_loss,
-    F.soft_margin_loss: _soft_margin_loss,
+    F.layer_norm: _compositions.layer_norm,
+    torch.layer_norm: _compositions.layer_norm,
+    F.group_norm: _compositions.group_norm,
+    F.instance_norm: _compositions.instance_norm,
+    F.batch_norm: _compositions.batch_norm,
+    F.mse_loss: _compositions.mse_loss,
+    F.huber_loss: _compositions.huber_loss,
+    F.soft_margin_loss: _compositions.soft_margin_loss,
 }

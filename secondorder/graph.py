@@ -11,14 +11,20 @@ from torch.utils.hooks import RemovableHandle
 
 
 class HookCount:
-    """Whether a hook was registered since: it may change a gradient unseen by the graph."""
+    """Whether a hook was registered since: it may change a gradient unseen by the graph.
+
+    Attributes:
+        own: Hooks that this library has registered, which change nothing.
+    """
+
+    own = 0
 
     def __init__(self) -> None:
-        self._start = RemovableHandle.next_id
+        self._start = RemovableHandle.next_id - HookCount.own
 
     def has_grown(self) -> bool:
         """True when any hook, on a tensor, a node or a module, was registered meanwhile."""
-        return bool(RemovableHandle.next_id != self._start)
+        return bool(RemovableHandle.next_id - HookCount.own != self._start)
 
 
 def is_symmetric(tensors: Iterable[Tensor | None]) -> bool:
@@ -28,6 +34,16 @@ def is_symmetric(tensors: Iterable[Tensor | None]) -> bool:
     right differ, and ``hvp`` must not replace one by the other.
     """
     return not any(_is_custom(node) for node in nodes(tensors))
+
+
+# With them derivatives leave out points where a formula has none, a norm at zero for one: NaN times zero is
+# NaN in one order of the two derivatives, and never met in the other.
+_MASKS = {"MaskedFillBackward0", "WhereBackward0"}
+
+
+def has_masks(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether ``v^T H`` may be NaN where ``H v`` is not."""
+    return any(node.name() in _MASKS for node in nodes(tensors))
 
 
 # Nodes that raise when a second backward pass reaches them (torch 2.13).
@@ -67,8 +83,11 @@ def refuse_wrong(value: Tensor) -> None:
 
 
 def _is_custom(node: Node) -> bool:
+    """Whether the backward may be that of another function: a custom one, or a gradient that is scaled."""
     # In Python: BackwardCFunction. In C++: torch::autograd::CppNode<...>.
-    return issubclass(type(node), torch.autograd.function.BackwardCFunction) or "CppNode" in node.name()
+    if issubclass(type(node), torch.autograd.function.BackwardCFunction) or "CppNode" in node.name():
+        return True
+    return bool(getattr(node, "_saved_scale_grad_by_freq", False))
 
 
 def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:

@@ -29,7 +29,8 @@ class MissingDerivativeError(RuntimeError):
 def climb(compute: Callable[[], T]) -> T:
     """``compute()``; where an operation has no right derivative, once more under ``decompose()``.
 
-    The second run sees the random state of the first, and leaves buffers as the first did.
+    The second run sees the random state of the first, and leaves buffers as the first did: what it had not
+    written when a missing derivative stopped it inside the function itself is not written later.
 
     Raises:
         MissingDerivativeError: there is no derivative even so; names the operation and the remedy.

@@ -13,6 +13,7 @@ import warnings
 
 import torch
 import torch.autograd.functional as reference
+import torch.nn.functional as F
 import zoo
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -56,6 +57,16 @@ def in_place(xs):
     return (y * dense(xs[-1]).sum()).sum()
 
 
+def convolved(xs):
+    """Two convolutions, of the first input and of what comes out, by their sum."""
+    y = dense(xs[0]).reshape(1, 1, -1)
+    if not y.numel():
+        return y.sum()
+    kernel = y.sum().reshape(1, 1, 1)
+    y = F.conv1d(F.conv1d(y, kernel, kernel.reshape(1)).sin(), kernel**2)
+    return y.sum() ** 2
+
+
 def captured(xs):
     return mixed(xs) * CAPTURED.square().sum()
 
@@ -80,6 +91,10 @@ SCALARS = {
     "hooked": hooked,
     "real_of_complex": lambda xs: sum((dense(x) * dense(x).conj()).real.sum() for x in xs) ** 2,
     "norm": lambda xs: sum(torch.linalg.vector_norm(dense(x) + 1.5) for x in xs),
+    "norm_at_zero": lambda xs: (
+        mixed(xs) + sum(torch.linalg.vector_norm(dense(x) - dense(x).detach()) for x in xs)
+    ),
+    "convolved": convolved,
     "single_precision": lambda xs: mixed([dense(x).real.to(torch.float32) for x in xs]),
     "first_itself": lambda xs: xs[0],
 }

@@ -64,7 +64,41 @@ def test_bad_input():
         batch_jacobian(lambda x: x[:2, 0], torch.ones(3, 2))
     with pytest.raises(ValueError, match=r"one number a sample, shape \(3,\), got \(3, 2\)"):
         batch_hessian(lambda x: x, torch.ones(3, 2))
-    with pytest.raises(TypeError, match="must return a tensor, got tuple"):
+    with pytest.raises(TypeError, match="must return a real floating-point tensor, got tuple"):
         batch_jacobian(lambda x: (x,), torch.ones(3, 2))
     with pytest.raises(ValueError, match="num_probes must be a positive integer or None, got 0"):
         hessian_diag(lambda x: x.sum(), torch.ones(3), num_probes=0)
+
+
+def test_a_missing_or_wrong_second_derivative_is_decomposed():
+    x, g = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64) + 0.5
+    expected = torch.stack(
+        [
+            torch.autograd.functional.hessian(lambda r, i=i: (r * (g[i] / r.norm())).pow(3).sum(), x[i])
+            for i in range(4)
+        ]
+    )
+    torch.testing.assert_close(
+        batch_hessian(lambda x: torch._weight_norm(x, g, 0).pow(3).sum(1), x), expected
+    )
+    smooth = batch_hessian(lambda x: torch.nn.functional.hardsigmoid(x).pow(2).sum(1), x / 10)
+    torch.testing.assert_close(smooth, torch.eye(3, dtype=torch.float64).expand(4, 3, 3) / 18)
+
+
+def test_edges():
+    x = torch.randn(3, 2)
+    assert torch.equal(batch_hessian(lambda x: torch.ones(3), x), torch.zeros(3, 2, 2))
+    assert torch.equal(
+        batch_hessian(lambda x: x.pow(2).sum(1), x, chunk_size=10**30), 2 * torch.eye(2).expand(3, 2, 2)
+    )
+    for function in (batch_jacobian, batch_hessian):
+        for bad in (torch.tensor(1.0), x.to(torch.complex64), (x, x)):
+            with pytest.raises(TypeError, match="must be one real tensor of shape"):
+                function(lambda *x: x[0], bad)
+        for size in (0, -1, 2.5, True, "a"):
+            with pytest.raises(ValueError, match="chunk_size must be a positive integer or None"):
+                function(lambda x: x[:, 0], x, chunk_size=size)
+    with pytest.raises(ValueError, match="chunk_size must be a positive integer or None, got -1"):
+        hessian_diag(lambda x: x.pow(3).sum(), x, chunk_size=-1)
+    with pytest.raises(ValueError, match="num_probes must be a positive integer or None, got True"):
+        hessian_diag(lambda x: x.pow(3).sum(), x, num_probes=True)

@@ -68,3 +68,36 @@ def test_bad_input():
         check_derivatives(lambda x: x.sum(), torch.ones(2))
     with pytest.raises(ValueError, match="order must be 1 or 2, got 3"):
         check_derivatives(lambda x: x.sum(), torch.ones(2).double(), order=3)
+
+
+class WrongOfComplex(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.complex(x, x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.real * 7
+
+
+class WrongAndSmall(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 1e-10 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return -7e-10 * g
+
+
+@pytest.mark.parametrize("function", [WrongOfComplex, WrongAndSmall])
+def test_complex_and_small_outputs_are_checked(function):
+    with pytest.raises(RuntimeError, match="derivative of order 1 is wrong"):
+        check_derivatives(function.apply, torch.rand(3, dtype=torch.float64) + 1)
+
+
+def test_running_statistics_do_not_move():
+    norm = torch.nn.BatchNorm1d(3).double()
+    check_derivatives(lambda x: norm(x).sum(), torch.randn(4, 3, dtype=torch.float64))
+    assert norm.num_batches_tracked == 0
+    assert not norm.running_mean.any()

@@ -1,18 +1,22 @@
 """The lighter second backward pass of convolutions, against dense matrices, and what it saves."""
 
 import gc
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import PeakMemory
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from secondorder import GaussNewton, Hessian, Jacobian
+from secondorder import GaussNewton, Hessian, Jacobian, convolutions
 from secondorder.flat import unflatten
 from secondorder.functional import hvp, linearize, linearize_grad, vhp
+from secondorder.graph import nodes
 
 DOUBLE = torch.float64
 TOLERANCE = dict(rtol=1e-11, atol=1e-12)
@@ -171,3 +175,117 @@ def test_products_compute_what_they_need():
     # A forward pass is one unit a layer, a backward pass two; J v is two, J^T u two, H v four.
     assert flops(lambda: G @ v) <= 4 / 3 * gradient
     assert flops(lambda: H @ v) <= 2 * gradient
+
+
+def test_a_pass_to_other_tensors_leaves_nothing_behind():
+    """A pass that asks a node for its other results must not add to the next one."""
+    x = torch.randn(2, 2, 5, 5, dtype=DOUBLE)
+    W, b, A = (torch.randn(*s, dtype=DOUBLE, requires_grad=True) for s in ((3, 2, 3, 3), (3,), (2, 3, 3, 3)))
+    H = Hessian((F.conv2d(x, W, b) * A).sum(), [W, b, A])
+    first, second = H.restrict([0, 1]), H.restrict([0, 2])
+    ones = torch.ones(second.shape[0], dtype=DOUBLE)
+    before = second @ ones
+    first @ torch.ones(first.shape[0], dtype=DOUBLE)
+    assert torch.equal(second @ ones, before)
+    grads = hvp(
+        lambda W, b: (F.conv2d(x, W, b) * A).sum(), (W, b), (W, b), create_graph=True, return_grad=True
+    )[2]
+    got = torch.autograd.grad(grads[0].square().sum(), A)[0]
+    plain = torch.autograd.grad((F.conv2d(x, W, b) * A).sum(), W, create_graph=True)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(plain.square().sum(), A)[0], **TOLERANCE)
+
+
+def test_threads_do_not_mix_their_vectors():
+    x = torch.randn(2, 2, 6, 6)
+    point = (torch.randn(3, 2, 3, 3), torch.randn(3))
+    push = linearize(lambda W, b: F.conv2d(x, W, b).tanh(), point)[1]
+    vectors = [tuple(torch.randn_like(t) for t in point) for _ in range(4)]
+    expected = [push(v) for v in vectors]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as executor:
+            results = list(
+                executor.map(lambda i: torch.allclose(push(vectors[i % 4]), expected[i % 4]), range(2000))
+            )
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(results)
+
+
+class Quantised(torch.autograd.Function):
+    """Straight through a rounding: its backward calls the convolution's on an input without a graph."""
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        rounded = (x * 8).round() / 8
+        ctx.save_for_backward(rounded, w)
+        return F.conv2d(rounded, w, b)
+
+    @staticmethod
+    def backward(ctx, g):
+        rounded, w = ctx.saved_tensors
+        options = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True] * 3)
+        return torch.ops.aten.convolution_backward(g, rounded, w, [w.shape[0]], *options)
+
+
+class Upwards(torch.autograd.Function):
+    """A transposed convolution whose backward has the cotangent where the convolution's has its input."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return F.conv_transpose2d(x, w)
+
+    @staticmethod
+    def backward(ctx, u):
+        x, w = ctx.saved_tensors
+        options = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True] * 3)
+        _, gw, gb = torch.ops.aten.convolution_backward(x, u, w, [w.shape[0]], *options)
+        return F.conv2d(u, w), gw + 0 * gb[:, None, None, None]
+
+
+def test_custom_functions_that_call_the_backward_of_a_convolution():
+    x = torch.randn(2, 2, 4, 4, dtype=DOUBLE)
+    point = tuple(torch.randn(*s, dtype=DOUBLE) for s in ((2, 2, 1, 1), (3, 2, 3, 3), (3,)))
+    v = tuple(map(torch.randn_like, point))
+
+    def func(inner, w, b):
+        return Quantised.apply(F.conv2d(x, inner).tanh(), w, b).square().sum()
+
+    expected = torch.autograd.functional.vhp(func, point, v)[1]
+    got = hvp(func, point, v, strategy="reverse-over-reverse")[1]
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+    point = (torch.randn(2, 3, 4, 4, dtype=DOUBLE), torch.randn(3, 2, 3, 3, dtype=DOUBLE))
+    v = tuple(map(torch.randn_like, point))
+    torch.testing.assert_close(
+        linearize(Upwards.apply, point)[1](v),
+        torch.autograd.functional.jvp(Upwards.apply, point, v)[1],
+        **TOLERANCE,
+    )
+
+
+def test_hooks_stay_off_the_graph_of_the_user():
+    x = torch.randn(2, 2, 5, 5, dtype=DOUBLE)
+    W, b = (torch.randn(*s, dtype=DOUBLE, requires_grad=True) for s in ((3, 2, 3, 3), (3,)))
+    user = torch.autograd.grad(F.conv2d(x, W, b).pow(3).sum(), (W, b), create_graph=True)
+    loss = user[0].square().sum() + F.conv2d(x, W, b).pow(2).sum()
+    gradient = torch.autograd.grad(loss, (W, b), create_graph=True)
+    hooked = convolutions._own_nodes(gradient, (loss,))[0]
+    assert hooked
+    assert not set(hooked) & set(nodes((loss,)))
+
+
+def test_hooks_keep_nothing_alive():
+    x = torch.randn(2, 2, 5, 5, dtype=DOUBLE)
+    W, b = (torch.randn(*s, dtype=DOUBLE, requires_grad=True) for s in ((3, 2, 3, 3), (3,)))
+    with PeakMemory() as memory:
+        for operator in (Hessian, Jacobian):
+            A = operator(
+                F.conv2d(F.conv2d(x, W, b).tanh(), W[:, :1].repeat(1, 3, 1, 1), b).pow(2).sum(), [W, b]
+            )
+            A @ torch.ones(A.shape[1], dtype=DOUBLE)
+            assert memory.live > 0
+            del A
+            gc.collect()
+            assert memory.live == 0

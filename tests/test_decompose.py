@@ -49,6 +49,10 @@ OPERATIONS = {
         make(12),
     ),
     "weight_norm": (weight_normed, make(12)),
+    "weight_norm_negative_dimension": (
+        lambda v: torch._weight_norm(v, make(4, 1, seed=1).abs() + 1, -2),
+        make(4, 3),
+    ),
     "batch_norm_train": (module(lambda: nn.BatchNorm1d(3), 5, 3), make(15)),
     "batch_norm_eval": (module(lambda: nn.BatchNorm2d(2).eval(), 2, 2, 2, 2), make(16)),
     "layer_norm": (module(lambda: nn.LayerNorm([2, 3]), 4, 2, 3), make(24)),
@@ -56,6 +60,10 @@ OPERATIONS = {
     "instance_norm": (module(lambda: nn.InstanceNorm1d(3, affine=True), 2, 3, 4), make(24)),
     "bag_sum": (lambda w: F.embedding_bag(INDICES, w, OFFSETS, mode="sum"), make(4, 2)),
     "bag_mean": (lambda w: F.embedding_bag(INDICES, w, OFFSETS, mode="mean", padding_idx=1), make(4, 2)),
+    "bag_negative_padding": (
+        lambda w: F.embedding_bag(INDICES, w, OFFSETS, mode="sum", padding_idx=-4),
+        make(4, 2),
+    ),
     "bag_max": (lambda w: F.embedding_bag(INDICES.view(2, 3), w, mode="max"), make(4, 2)),
     "bag_weighted": (
         lambda s: F.embedding_bag(INDICES, make(4, 2), OFFSETS, mode="sum", per_sample_weights=s),
@@ -64,6 +72,7 @@ OPERATIONS = {
     "mse": (lambda x: F.mse_loss(x, make(6, seed=3), reduction="none"), make(6)),
     "mse_weighted": (lambda x: F.mse_loss(x, make(6, seed=3), weight=make(6, seed=4).abs()), make(6)),
     "huber": (lambda x: F.huber_loss(x, make(6, seed=3), delta=0.7), make(6)),
+    "huber_weighted": (lambda x: F.huber_loss(x, make(6, seed=3), weight=make(6, seed=4).abs()), make(6)),
     "soft_margin": (lambda x: F.soft_margin_loss(x, make(6, seed=3).sign()), make(6)),
     "multi_margin": (lambda x: F.multi_margin_loss(x, CLASSES, p=2, weight=make(4).abs()), make(3, 4)),
     "hardsigmoid": (lambda x: F.hardsigmoid(x) ** 2, make(6) * 3),
@@ -114,6 +123,70 @@ def test_second_and_third_derivatives_by_finite_differences(name):
     # Fourth-order central differences with steps of 1e-4: 1e-8 of the derivatives' scale.
     torch.testing.assert_close(second, expected_second, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(third, expected_third, rtol=1e-5, atol=1e-5)
+
+
+def test_signatures_and_edges_are_torchs():
+    x, L = make(3, 8), torch.linalg.cholesky(torch.eye(3).double() * 2)
+    rows = torch.zeros(2, 0, dtype=torch.float64)
+    calls = [
+        lambda: torch.layer_norm(x, (8,), None, None, 1e-5, False),
+        lambda: torch.layer_norm(x, (8,), cudnn_enable=False),
+        lambda: torch.cholesky_inverse(L, out=torch.empty(3, 3).double()),
+        lambda: F.group_norm(torch.zeros(0, 4, 2), 2),
+        lambda: torch.cdist(rows, rows, p=float("inf")),
+        lambda: F.multi_margin_loss(x[0], torch.tensor([2]), reduction="none"),
+        lambda: F.multi_margin_loss(x[0], torch.tensor(2), reduction="none"),
+        lambda: F.embedding_bag(INDICES, make(4, 2), OFFSETS, max_norm=0.5),
+        lambda: F.embedding_bag(INDICES, make(4, 2), OFFSETS, mode="sum", sparse=True),
+    ]
+    for call in calls:
+        expected = call()
+        with decompose():
+            torch.testing.assert_close(call(), expected)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: nn.LayerNorm(8), lambda: nn.GroupNorm(2, 8), lambda: nn.BatchNorm1d(8)]
+)
+def test_half_precision_is_torchs(build):
+    """Statistics in single precision, the result in the input's."""
+    layer, x = build().float(), (make(4, 8) * 100 + 1000).bfloat16()
+    if not isinstance(layer, nn.BatchNorm1d):
+        layer = layer.bfloat16()
+    expected = layer(x)
+    with decompose():
+        got = layer(x)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+def test_sparse_tensors_of_differentiated_values():
+    indices, dense, x = torch.tensor([[0, 1, 1], [2, 0, 2]]), make(3, 2), make(3)
+    eye = torch.eye(3, dtype=torch.float64)
+
+    def strided(x):
+        return torch.stack([x[0] ** 2 * dense[2], x[1] ** 2 * dense[0] + x[2] ** 2 * dense[2]])
+
+    for build in (
+        lambda x: torch.sparse_coo_tensor(indices, x**2, (2, 3), check_invariants=True),
+        lambda x: torch.sparse_coo_tensor(indices.tolist(), x**2, (2, 3), check_invariants=True).coalesce(),
+    ):
+
+        def func(x, build=build):
+            return torch.sparse.mm(build(x), dense)
+
+        expected = oracles.dense_jacobian(lambda x: strided(x) ** 2, [x])
+        _, push = functional.linearize(lambda x: func(x) ** 2, x)
+        torch.testing.assert_close(torch.stack([push(e).reshape(-1) for e in eye], dim=1), expected)
+        hessian = oracles.dense_hessian(lambda x: strided(x).pow(3).sum(), [x])
+        got = functional.hvp(lambda x: func(x).pow(3).sum(), x, x)[1]
+        torch.testing.assert_close(got, hessian @ x)
+    total = functional.hvp(
+        lambda x: torch.sparse.sum(torch.sparse_coo_tensor(indices, x**3, (2, 3), check_invariants=True)),
+        x,
+        x,
+    )[1]
+    torch.testing.assert_close(total, 6 * x * x)
 
 
 def test_running_statistics_move_as_torchs():
@@ -176,7 +249,11 @@ def test_forward_mode_through_losses():
 
 
 def test_options_without_a_second_derivative():
-    with decompose(), pytest.raises(ValueError, match="no second derivative with max_norm"):
-        F.embedding_bag(INDICES, make(4, 2), OFFSETS, max_norm=1.0)
+    with pytest.raises(RuntimeError, match="_embedding_bag.* has no second derivative in torch"):
+        functional.hvp(
+            lambda w: F.embedding_bag(INDICES, w, OFFSETS, scale_grad_by_freq=True, mode="sum").pow(3).sum(),
+            make(4, 2),
+            make(4, 2),
+        )
     with decompose(), pytest.raises(ValueError, match="offsets must be given"):
         F.embedding_bag(INDICES, make(4, 2))

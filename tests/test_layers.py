@@ -14,6 +14,7 @@ ORDER = [
     "secondorder.flat",
     "secondorder.graph",
     "secondorder.guard",
+    "secondorder._compositions",
     "secondorder.decompose",
     "secondorder.ladder",
     "secondorder.convolutions",
@@ -60,7 +61,7 @@ MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 8
 # Mirrors of torch's signatures, SciPy's cg with a radius, constructors of optimizers and public front ends,
 # whose parameters users of the ecosystem expect.
-MANY_PARAMETERS = {"_embedding_bag", "fvp", "hessian", "jacobian", "hvp", "__init__", "influence", "cg"}
+MANY_PARAMETERS = {"embedding_bag", "fvp", "hessian", "jacobian", "hvp", "__init__", "influence", "cg"}
 
 FILES = sorted(path for package in ("secondorder", "optim") for path in (ROOT / package).rglob("*.py"))
 

@@ -236,3 +236,50 @@ class TestExtrasOfTheSix:
         plain = len(calls)
         ours.hvp(polynomial, point, point, strict=True)
         assert (plain, len(calls) - plain) == (2, 3)
+
+
+def matrix(rows, columns, seed):
+    return zoo.vector(rows * columns, seed).view(rows, columns)
+
+
+def test_norms_at_zero_have_the_product_of_torch():
+    """``v^T H`` is NaN there, ``H v`` is not: group lasso, and biases that start at zero."""
+    X, v = matrix(5, 3, 1), (matrix(3, 2, 2), zoo.vector(2, 3))
+    point = (matrix(3, 2, 4), torch.zeros(2, dtype=torch.float64))
+
+    def func(W, b):
+        return (X @ W + b).square().mean() + 0.1 * (W.norm() + torch.linalg.vector_norm(b))
+
+    expected = reference.hvp(func, point, v)[1]
+    assert all(bool(part.isfinite().all()) for part in expected)
+    torch.testing.assert_close(ours.hvp(func, point, v)[1], expected)
+    torch.testing.assert_close(linearize_grad(func, point)[2](v), expected)
+
+
+def test_a_scaled_gradient_is_not_taken_for_symmetric():
+    index, E, V = torch.tensor([1, 1, 2, 0]), matrix(4, 2, 1), matrix(4, 2, 2)
+
+    def func(E):
+        return torch.nn.functional.embedding(index, E, scale_grad_by_freq=True).pow(3).sum() * E.sum()
+
+    expected = reference.hvp(func, E, V)[1]
+    torch.testing.assert_close(ours.hvp(func, E, V)[1], expected)
+    torch.testing.assert_close(linearize_grad(func, E)[2](V), expected)
+
+
+def test_edges_of_vectors():
+    _, _, hvp_fn = linearize_grad(lambda x, y: (x**3).sum() * y.sum(), (zoo.vector(3, 3), zoo.vector(2, 3)))
+    empty = hvp_fn((torch.zeros(0, 3).double(), torch.zeros(0, 2).double()), batched=True)
+    assert [tuple(part.shape) for part in empty] == [(0, 3), (0, 2)]
+    with pytest.raises(ValueError, match=r"batches of one size, got leading dimensions \[2, 3\]"):
+        hvp_fn((torch.zeros(2, 3).double(), torch.zeros(3, 2).double()), batched=True)
+    with pytest.raises(ValueError, match="v must hold tensors"):
+        linearize_grad(lambda x: (x**2).sum(), zoo.vector(1, 3))[2](3.0)
+    with pytest.raises(TypeError, match=r"must return \(value, aux\)"):
+        value_and_grad(lambda x: (x**2).sum(), zoo.vector(3, 3), has_aux=True)
+
+
+def test_finite_differences_of_long_vectors():
+    x, v = torch.ones(3), torch.full((3,), 1e30)
+    product = ours.hvp(lambda x: (x**3).sum(), x, v, strategy="finite-differences")[1]
+    torch.testing.assert_close(product / 1e30, 6 * x, rtol=1e-2, atol=1e-2)

@@ -24,17 +24,22 @@ def over_reverse(
     with torch.enable_grad():
         hooks = graph.HookCount()
         point = differentiate(func, inputs, v, create_graph, strict, has_aux, "hvp")
+        retries = False
         if strategy == "auto":
             is_plain = not strict and not hooks.has_grown() and _is_real_and_dense(point)
             symmetric = is_plain and graph.is_symmetric((point.value, *point.gradient))
             strategy = "reverse-over-reverse" if symmetric else "double-backward"
-        if strategy == "double-backward":
-            u = tuple(torch.zeros_like(tensor, requires_grad=True) for tensor in point.inputs)
-            rows = _arguments.grad(point.gradient, point.inputs, u, create_graph=True)
+            retries = symmetric and graph.has_masks(point.gradient)
         lighten_gradients(point.gradient, (point.value,))
+    if strategy == "reverse-over-reverse":
+        with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
+            product = back(point, create_graph, strict, retain_graph=retries)
+        if not retries or all(bool(part.isfinite().all()) for part in product):
+            return point, product
+    with torch.enable_grad():
+        u = tuple(torch.zeros_like(tensor, requires_grad=True) for tensor in point.inputs)
+        rows = _arguments.grad(point.gradient, point.inputs, u, create_graph=True)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-        if strategy == "reverse-over-reverse":
-            return point, back(point, create_graph, strict)
         grads = _arguments.grad(rows, u, point.vector, create_graph=create_graph)
         return point, _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back_trick")
 
@@ -64,9 +69,15 @@ def differentiate(
     return Point(inputs, is_inputs_tuple, vector, value, gradient, aux)
 
 
-def back(point: Point, create_graph: bool, strict: bool) -> Tensors:
+def back(point: Point, create_graph: bool, strict: bool, retain_graph: bool = False) -> Tensors:
     """``v^T H``: one backward pass through the gradient."""
-    grads = _arguments.grad(point.gradient, point.inputs, point.vector, create_graph=create_graph)
+    grads = _arguments.grad(
+        point.gradient,
+        point.inputs,
+        point.vector,
+        create_graph=create_graph,
+        retain_graph=create_graph or retain_graph,
+    )
     return _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back")
 
 
@@ -120,8 +131,9 @@ def finite_differences(
     random = RandomState()
     random.save()
     value, grads, aux = gradient(inputs)
-    length = float(torch.stack([t.norm() for t in direction]).norm())
-    size = float(torch.stack([t.detach().norm() for t in inputs]).norm())
+    # In double precision: the square of a large number overflows in single.
+    length = float(torch.stack([t.double().norm() for t in direction]).norm())
+    size = float(torch.stack([t.detach().double().norm() for t in inputs]).norm())
     # Error of the difference h^2, of rounding eps / h: the sum is least at the cube root of eps.
     h = torch.finfo(inputs[0].dtype).eps ** (1 / 3) * max(size, 1.0) / length if length > 0 else 1.0
     sides = []

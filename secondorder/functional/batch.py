@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secondorder import _arguments, graph, ladder
 from secondorder._backward import pull_rows
 from secondorder._tree import Tree
+from secondorder.convolutions import lighten_gradients
 from secondorder.functional.linear import LinearMap, linearize_grad
 
 Function = Callable[..., Any]
@@ -39,11 +41,8 @@ def batch_jacobian(func: Function, inputs: Tensor, *, chunk_size: int | None = N
         tensor([[6., 0.],
                 [0., 8.]])
     """
-    tree = Tree.of(inputs, "batch_jacobian")
-    outputs = tree.call(func)
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"func of batch_jacobian must return a tensor, got {type(outputs).__name__}.")
-    (x,) = tree.leaves
+    tree, x = _one_batch(inputs, chunk_size, "batch_jacobian")
+    outputs = _outputs(tree, func, "batch_jacobian")
     if outputs.ndim == 0 or outputs.shape[0] != x.shape[0]:
         raise ValueError(
             f"func must return one output a sample, got shape {tuple(outputs.shape)}"
@@ -75,18 +74,43 @@ def batch_hessian(func: Function, inputs: Tensor, *, chunk_size: int | None = No
         tensor([[18.,  0.],
                 [ 0., 24.]])
     """
-    tree = Tree.of(inputs, "batch_hessian")
-    outputs = tree.call(func)
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"func of batch_hessian must return a tensor, got {type(outputs).__name__}.")
-    (x,) = tree.leaves
-    if tuple(outputs.shape) != (x.shape[0],):
-        raise ValueError(
-            f"func must return one number a sample, shape ({x.shape[0]},), got {tuple(outputs.shape)}."
+    tree, x = _one_batch(inputs, chunk_size, "batch_hessian")
+
+    def compute() -> Tensor:
+        outputs = _outputs(tree, func, "batch_hessian")
+        if tuple(outputs.shape) != (x.shape[0],):
+            raise ValueError(
+                f"func must return one number a sample, shape ({x.shape[0]},), got {tuple(outputs.shape)}."
+            )
+        graph.refuse_wrong(outputs)
+        with torch.enable_grad():
+            (gradient,) = _arguments.grad((outputs.sum(),), (x,), create_graph=True)
+        gradient = torch.zeros_like(x) if gradient is None else gradient
+        lighten_gradients((gradient,), (outputs,))
+        return _rows_of_samples(gradient, x, chunk_size)
+
+    return ladder.climb(compute)
+
+
+def _one_batch(inputs: Tensor, chunk_size: int | None, function: str) -> tuple[Tree, Tensor]:
+    """The checked batch and its tensor."""
+    _arguments.check_chunk_size(chunk_size)
+    tree = Tree.of(inputs, function)
+    if not isinstance(inputs, Tensor) or inputs.is_complex() or inputs.ndim == 0:
+        got = (
+            f"{tuple(inputs.shape)}, {inputs.dtype}" if isinstance(inputs, Tensor) else type(inputs).__name__
         )
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(outputs.sum(), x, create_graph=True, materialize_grads=True)
-    return _rows_of_samples(gradient, x, chunk_size)
+        raise TypeError(f"inputs of {function} must be one real tensor of shape (B, ...), got {got}.")
+    return tree, tree.leaves[0]
+
+
+def _outputs(tree: Tree, func: Function, function: str) -> Tensor:
+    """What ``func`` gives at the batch: one real tensor."""
+    outputs = tree.call(func)
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        got = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TypeError(f"func of {function} must return a real floating-point tensor, got {got}.")
+    return outputs
 
 
 def _rows_of_samples(outputs: Tensor, x: Tensor, chunk_size: int | None) -> Tensor:
@@ -96,9 +120,10 @@ def _rows_of_samples(outputs: Tensor, x: Tensor, chunk_size: int | None) -> Tens
     if not outputs.requires_grad or m == 0 or batch == 0:
         return x.new_zeros(batch, *shape, *x.shape[1:])
     basis = torch.eye(m, dtype=outputs.dtype, device=outputs.device)
+    size = m if chunk_size is None else min(chunk_size, m)
     rows = [
         pull_rows([outputs], [x], [chunk.view(-1, 1, *shape).expand(-1, batch, *shape)])[0]
-        for chunk in basis.split(m if chunk_size is None else chunk_size)
+        for chunk in basis.split(size)
     ]
     return torch.cat(rows).movedim(0, 1).reshape(batch, *shape, *x.shape[1:])
 
@@ -138,9 +163,13 @@ def hessian_diag(
         >>> hessian_diag(lambda x: x.pow(3).sum(), torch.tensor([1.0, 2.0]))
         tensor([ 6., 12.])
     """
-    if num_probes is not None and not (isinstance(num_probes, int) and num_probes >= 1):
+    is_number = isinstance(num_probes, int) and not isinstance(num_probes, bool)
+    if num_probes is not None and not (is_number and num_probes >= 1):
         raise ValueError(f"num_probes must be a positive integer or None, got {num_probes!r}.")
+    _arguments.check_chunk_size(chunk_size)
     tree = Tree.of(inputs, "hessian_diag")
+    if any(leaf.is_complex() for leaf in tree.leaves):
+        raise TypeError("inputs of hessian_diag must be real, got complex ones.")
     _, _, hvp_fn = linearize_grad(func, inputs)
     if num_probes is None:
         return tree.rebuild(_exact_diagonal(tree, hvp_fn, 128 if chunk_size is None else chunk_size))

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from secondorder._tree import Tree
+from secondorder.guard import undo_writes
 
 Function = Callable[..., Any]
 
@@ -19,6 +20,8 @@ STEP = 1e-3
 TOLERANCE = 1e-6
 # Derivatives below this are compared with it: differences carry an absolute error too.
 SMALL = 1e-3
+# Outputs below this may be rounding of zero, which has no derivative.
+ROUNDING = 1e-13
 
 
 def check_derivatives(func: Function, inputs: Any, *, order: int = 2, tolerance: float = TOLERANCE) -> None:
@@ -55,14 +58,16 @@ def check_derivatives(func: Function, inputs: Any, *, order: int = 2, tolerance:
     for leaf in tree.leaves:
         if leaf.dtype != torch.float64:
             raise ValueError(f"inputs must be float64 for finite differences, got {leaf.dtype}.")
-    failure = _first_failure(
-        lambda *leaves: tree._replace(leaves=leaves).call(func), tree.leaves, order, tolerance
-    )
-    if failure is None:
-        return
     log = _Calls()
-    with log:
-        tree.call(func)
+    # Buffers of the function, such as running statistics, do not move.
+    with undo_writes():
+        failure = _first_failure(
+            lambda *leaves: tree._replace(leaves=leaves).call(func), tree.leaves, order, tolerance
+        )
+        if failure is None:
+            return
+        with log:
+            tree.call(func)
     culprit = next((c for c in log.calls if _first_failure(c.function, c.tensors, order, tolerance)), None)
     where = "in the composition of its operations" if culprit is None else f"in {culprit.name}"
     raise RuntimeError(f"the derivative of order {failure.order} is {failure.what} {where}.")
@@ -83,10 +88,11 @@ def _first_failure(
 
     def scalar(*leaves: Tensor) -> Tensor:
         outputs = [t for t in pytree.tree_leaves(function(*leaves)) if isinstance(t, Tensor)]
+        outputs = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in outputs]
         outputs = [t for t in outputs if t.is_floating_point()]
         if not weights:
-            # Scaled, so that the sine below varies as slowly as the outputs.
-            weights.extend(_draw(t, generator) / (1 + _largest(t)) for t in outputs)
+            # Scaled to size one: so that the sine below varies as slowly as the outputs, and small ones show.
+            weights.extend(_draw(t, generator) / _scale(t) for t in outputs)
         # Nonlinear, so that the second derivative of a linear operation shows too.
         terms = [(t * w).sin().sum() for t, w in zip(outputs, weights, strict=True)]
         return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
@@ -128,8 +134,10 @@ def _difference(scalar: Function, point: tuple[Tensor, ...], u: tuple[Tensor, ..
     return (8 * (at(STEP) - at(-STEP)) - (at(2 * STEP) - at(-2 * STEP))) / (12 * STEP)
 
 
-def _largest(t: Tensor) -> float:
-    return float(t.detach().abs().max()) if t.numel() else 0.0
+def _scale(t: Tensor) -> float:
+    """The largest entry; one for what may be rounding."""
+    largest = float(t.detach().abs().max()) if t.numel() else 0.0
+    return largest if largest > ROUNDING else 1.0
 
 
 def _draw(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -44,6 +44,8 @@ def value_and_grad(
     """
     tree = Tree.of(inputs, "value_and_grad", connected=create_graph)
     returned = tree.call(func)
+    if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
+        raise TypeError("func of value_and_grad must return (value, aux) with has_aux=True.")
     value, aux = returned if has_aux else (returned, None)
     value = scalar(value, "value_and_grad")
     with torch.enable_grad():
@@ -83,15 +85,15 @@ class LinearMap:
             ValueError: ``v`` has another structure, shape or dtype; ``chunk_size`` is not positive.
         """
         parts = self._tree.vector(v, batched)
-        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
-            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
-        if not self._outputs:
-            k = (parts[0].shape[0],) if batched else ()
-            return self._rebuild([x.new_zeros((*k, *x.shape)) for x in self._inputs])
+        _arguments.check_chunk_size(chunk_size)
+        if not self._outputs or (batched and not parts[0].shape[0]):
+            leading = (parts[0].shape[0],) if batched else ()
+            return self._rebuild([x.new_zeros((*leading, *x.shape)) for x in self._inputs])
         live = [parts[i].detach() for i in self._live]
         if not batched:
             return self._rebuild(pull(self._outputs, self._inputs, live))
-        size = live[0].shape[0] if chunk_size is None else chunk_size
+        k = live[0].shape[0]
+        size = k if chunk_size is None else min(chunk_size, k)
         chunks = [
             pull_rows(self._outputs, self._inputs, chunk)
             for chunk in zip(*(part.split(size) for part in live), strict=True)
@@ -134,6 +136,8 @@ def linearize(func: Function, inputs: Any) -> tuple[Any, LinearMap]:
 def _kept_rows(func: Function, tree: Tree) -> tuple[bool, Tensors, _arguments.MaybeTensors, Tensors]:
     """Outputs, and the graph of ``u -> J^T u`` with its ``u``."""
     is_tuple, outputs = _arguments.as_tuple(tree.call(func), _arguments.OUTPUTS, "linearize")
+    for output in outputs:
+        graph.refuse_wrong(output)
     with torch.enable_grad():
         duals = tuple(torch.zeros_like(output, requires_grad=True) for output in outputs)
         pulled = _arguments.grad(outputs, tree.leaves, duals, create_graph=True)
@@ -190,7 +194,8 @@ def _kept_gradient(
         filled = _arguments.fill_zeros(gradient, tree.leaves, False, True, "back")
         outputs, inner = gradient, tree.leaves
         is_real = not any(leaf.is_complex() for leaf in tree.leaves)
-        if hooks.has_grown() or not is_real or not graph.is_symmetric((value, *gradient)):
+        is_symmetric = is_real and not hooks.has_grown() and graph.is_symmetric((value, *gradient))
+        if not is_symmetric or _is_nan_by_order(gradient, tree.leaves):
             # H v, not v^T H: differentiate u -> u^T H with respect to u.
             inner = tuple(torch.zeros_like(leaf, requires_grad=True) for leaf in tree.leaves)
             outputs = _arguments.grad(gradient, tree.leaves, inner, create_graph=True)
@@ -199,6 +204,15 @@ def _kept_gradient(
             lighten_gradients(outputs, (value,))
         _try_product(outputs, inner)
     return value.detach(), [grad.detach() for grad in filled], outputs, inner
+
+
+def _is_nan_by_order(gradient: _arguments.MaybeTensors, leaves: Tensors) -> bool:
+    """Whether ``v^T H`` is NaN, where ``H v`` may be a number."""
+    if not graph.has_masks(gradient):
+        return False
+    live = tuple(g for g in gradient if g is not None and g.requires_grad)
+    products = _arguments.grad(live, leaves, tuple(map(torch.ones_like, live)), retain_graph=True)
+    return not all(bool(product.isfinite().all()) for product in products if product is not None)
 
 
 def hvps(func: Function, inputs: Any, V: Any, *, chunk_size: int | None = None) -> tuple[Tensor, Any]:

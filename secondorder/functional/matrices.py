@@ -42,7 +42,7 @@ def jacobian(
         strategy: "reverse-mode", or "forward-mode", which takes one pass for all input elements and
             needs ``vectorize=True``.
         chunk_size: Rows (columns in forward mode) in one batched pass, to bound memory; turns
-            ``vectorize`` on. All at once when None.
+            ``vectorize`` on. All at once when None. Forward mode calls ``func`` once for each chunk.
         return_output: Return the outputs as well.
         has_aux: ``func`` returns ``(outputs, aux)``; ``aux`` is passed on as the last result.
         holomorphic: ``func`` is a holomorphic function of complex inputs; the result is its complex
@@ -103,7 +103,7 @@ def hessian(
         outer_jacobian_strategy: "reverse-mode", or "forward-mode" (forward over reverse), which needs
             ``vectorize=True``.
         chunk_size: Rows (columns in forward mode) in one batched pass, to bound memory; turns
-            ``vectorize`` on. All at once when None.
+            ``vectorize`` on. All at once when None. Forward mode calls ``func`` once for each chunk.
         return_output: Return the value as well.
         has_aux: ``func`` returns ``(value, aux)``; ``aux`` is passed on as the last result.
 
@@ -188,9 +188,7 @@ class _Options(NamedTuple):
 
     def check(self) -> _Options:
         """Raise for what does not go together, in torch's order; ``chunk_size`` turns vectorize on."""
-        size = self.chunk_size
-        if size is not None and not (isinstance(size, int) and size >= 1):
-            raise ValueError(f"chunk_size must be a positive integer or None, got {size!r}.")
+        _arguments.check_chunk_size(self.chunk_size)
         if self.strategy not in ("forward-mode", "reverse-mode"):
             raise AssertionError(
                 'Expected strategy to be either "forward-mode" or "reverse-mode". Hint: If your '
@@ -211,7 +209,7 @@ class _Options(NamedTuple):
                 "Please either set `strict=False` or "
                 '`strategy="reverse-mode"`.'
             )
-        return self._replace(vectorize=self.vectorize or size is not None)
+        return self._replace(vectorize=self.vectorize or self.chunk_size is not None)
 
 
 def _blocks(func: Function, inputs: Any, options: _Options, has_aux: bool) -> tuple[bool, Outputs, Blocks]:

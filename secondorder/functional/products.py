@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from secondorder import _arguments, ladder
 from secondorder._arguments import Tensors
+from secondorder.convolutions import lighten_gradients, lighten_rows
 from secondorder.functional import _second_order
 from secondorder.functional._second_order import Point
 
@@ -186,6 +187,7 @@ def vhp(
     def compute() -> tuple[Any, ...]:
         with torch.enable_grad():
             point = _second_order.differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
+            lighten_gradients(point.gradient, (point.value,))
         with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
             product = _second_order.back(point, create_graph, strict)
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
@@ -298,6 +300,8 @@ def _double_backward(
         # The backward pass is linear in these: any finite value will do.
         duals = tuple(torch.zeros_like(output, requires_grad=True) for output in found.tensors)
         grads = _arguments.grad(found.tensors, inputs, duals, create_graph=True)
+        if not create_graph:
+            lighten_rows(grads, found.tensors)
         _arguments.require_grad_of_grad_inputs(grads, strict)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
         columns = _arguments.grad(grads, duals, vector, create_graph=create_graph)

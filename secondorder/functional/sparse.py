@@ -41,10 +41,11 @@ def sparse_jacobian(func: Function, inputs: Tensor, *, pattern: Tensor | None = 
         Sparse COO tensor of shape (m, n), coalesced, with the entries of the pattern.
 
     Raises:
-        TypeError: ``inputs`` is not a floating-point tensor.
+        TypeError: ``inputs`` or the outputs are not real floating-point tensors.
         ValueError: shapes are not one-dimensional; ``pattern`` has another shape or misses an entry.
 
-    Cost: a product for each colour, and one to check. Probing: one backward pass for each row, batched.
+    Cost: a product for each colour, and one to check. Probing: one more evaluation, and one backward pass for
+    each row, batched.
 
     Example:
         >>> sparse_jacobian(lambda x: x[1:] * x[:-1], torch.tensor([1.0, 2.0, 3.0])).to_dense()
@@ -55,6 +56,8 @@ def sparse_jacobian(func: Function, inputs: Tensor, *, pattern: Tensor | None = 
     outputs, jvp_fn = linearize(func, inputs)
     if not isinstance(outputs, Tensor) or outputs.ndim != 1:
         raise ValueError("func of sparse_jacobian must return one tensor of shape (m,).")
+    if outputs.is_complex():
+        raise TypeError(f"func of sparse_jacobian must return a real tensor, got {outputs.dtype}.")
     m, n = outputs.numel(), inputs.numel()
     if pattern is None:
         pattern = _probe_jacobian(func, inputs)
@@ -181,6 +184,8 @@ def _check_vector(inputs: Tensor, function: str) -> None:
         raise TypeError(f"inputs of {function} must be a tensor, got {type(inputs).__name__}.")
     if inputs.ndim != 1:
         raise ValueError(f"inputs of {function} must have shape (n,), got {tuple(inputs.shape)}.")
+    if inputs.is_complex():
+        raise TypeError(f"inputs of {function} must be real, got {inputs.dtype}.")
 
 
 def _check_pattern(pattern: Tensor, rows: int, columns: int) -> None:
