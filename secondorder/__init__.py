@@ -8,15 +8,28 @@ from secondorder.operators import FunctionOperator, LinearOperator, MatrixOperat
 from secondorder.parameter_operators import Jacobian
 from secondorder.products import fvp, ggnvp
 from secondorder.solvers import (
+    DiagonalPreconditioner,
+    DiagonalResult,
+    EigenResult,
+    NystromPreconditioner,
     SolveResult,
+    SpectralDensity,
     Spectrum,
+    TraceResult,
     block_cg,
     cg,
+    diagonal,
+    diagonal_preconditioner,
     direct,
+    eigsh,
+    logdet,
     lsmr,
     minres,
+    nystrom,
+    spectral_density,
     spectrum,
     steihaug,
+    trace,
     trust_region,
 )
 
@@ -54,4 +67,19 @@ __all__ = [
     "trust_region",
     "spectrum",
     "Spectrum",
+    # eigenvalues, traces, determinants
+    "EigenResult",
+    "eigsh",
+    "SpectralDensity",
+    "spectral_density",
+    "TraceResult",
+    "trace",
+    "logdet",
+    "DiagonalResult",
+    "diagonal",
+    # preconditioners
+    "DiagonalPreconditioner",
+    "diagonal_preconditioner",
+    "NystromPreconditioner",
+    "nystrom",
 ]
