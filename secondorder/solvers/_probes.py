@@ -27,12 +27,6 @@ def rademacher(like: Tensor, count: int, generator: torch.Generator | None) -> T
     return bits.mul_(2).sub_(1).to(like.device)
 
 
-def spherical(like: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Columns uniform on the sphere of radius ``sqrt(n)``, shape (n, count)."""
-    numbers = gaussian(like, count, generator)
-    return numbers * (like.shape[0] ** 0.5 / numbers.norm(dim=0))
-
-
 def multiply(A: Any, V: Tensor) -> Tensor:
     """``A @ V`` for a block of shape (n, k), checked to be finite: one host read."""
     product: Tensor = A @ V

@@ -121,7 +121,7 @@ def _iterate(run: _Lanczos, k: int, which: str, rtol: float, limit: int) -> tupl
     found: Tensor | None = None
     while True:
         run.expand(limit)
-        ritz = run.ritz(which, k)
+        ritz = run.ritz(which)
         count, is_settled, is_unchanged = ritz.judge(k, which, rtol, found)
         if count == k and is_settled and is_unchanged:
             return ritz, "converged"
@@ -225,10 +225,10 @@ class _Lanczos:
             vector = vector / vector.norm()
         return vector
 
-    def ritz(self, which: str, k: int) -> _Ritz:
-        """Ritz pairs of the basis, the k wanted first."""
+    def ritz(self, which: str) -> _Ritz:
+        """Ritz pairs of the basis, the most wanted first."""
         values, weights = torch.linalg.eigh(self._T[: self.size, : self.size])
-        order = _order(values, which, k)
+        order = _order(values, which)
         return _Ritz(values[order], weights[:, order], self._coupling * weights[-1, order].abs())
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -244,23 +244,17 @@ class _Lanczos:
         self.size = keep
 
 
-def _order(values: Tensor, which: str, k: int) -> Tensor:
-    """Indices of ascending values, the k wanted first, then those that are next to be wanted."""
+def _order(values: Tensor, which: str) -> Tensor:
+    """Indices of ascending values, the most wanted first."""
+    if which == "LM":
+        return values.abs().argsort(descending=True)
     ascending = torch.arange(len(values), device=values.device)
     if which == "SA":
         return ascending
     if which == "LA":
         return ascending.flip(0)
-    if which == "BE":
-        return _from_both_ends(ascending)
-    by_magnitude = values.abs().argsort(descending=True)
-    # The rest from both ends: either may hold what is missing.
-    return torch.cat([by_magnitude[:k], _from_both_ends(by_magnitude[k:].sort()[0])])
-
-
-def _from_both_ends(ascending: Tensor) -> Tensor:
-    """The last, the first, the last but one, and so on."""
-    return torch.stack([ascending.flip(0), ascending], dim=1).flatten()[: len(ascending)]
+    # From the two ends in turn, the upper one first.
+    return torch.stack([ascending.flip(0), ascending], dim=1).flatten()[: len(values)]
 
 
 def _dense(A: Any, like: Tensor, k: int, which: str, rtol: float) -> EigenResult:
@@ -268,7 +262,7 @@ def _dense(A: Any, like: Tensor, k: int, which: str, rtol: float) -> EigenResult
     matrix = dense(A, like)
     check_finite(matrix)
     values, vectors = torch.linalg.eigh(matrix)
-    X = vectors[:, _order(values, which, k)[:k]]
+    X = vectors[:, _order(values, which)[:k]]
     products = 0 if isinstance(A, Tensor) else like.shape[0]
     result = _result(X, matrix @ X, values.abs().amax(), rtol, "converged", 0)
     return result._replace(products=products)

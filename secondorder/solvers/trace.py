@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_count, domain
-from secondorder.solvers._probes import identity_blocks, multiply, rademacher, spherical
+from secondorder.solvers._probes import gaussian, identity_blocks, multiply, rademacher
 
 # Two samples are needed for a standard error; Hutch++ spends two thirds on its sketch, XTrace half.
 LEAST_PRODUCTS = {"xtrace": 4, "hutch++": 4, "hutchinson": 2}
@@ -120,7 +120,7 @@ def _xtrace(A: Any, like: Tensor, count: int, generator: torch.Generator | None)
     the other columns of ``R``.
     """
     n = like.shape[0]
-    omega = spherical(like, count, generator)
+    omega = gaussian(like, count, generator)
     Y = multiply(A, omega)
     Q, R = torch.linalg.qr(Y)
     S = left_out_directions(R)
