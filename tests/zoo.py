@@ -237,6 +237,8 @@ def _spectra() -> dict[str, Tensor]:
         # A copy at the end of a spectrum without gaps, where one Krylov space does not see it.
         "double_edge": torch.cat([torch.linspace(0, 1, n - 1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE)]),
         "indefinite": torch.linspace(-1, 1.5, n, dtype=DOUBLE),
+        # Each magnitude twice, with both signs.
+        "two_signs": torch.linspace(-1, 1, n, dtype=DOUBLE),
     }
 
 

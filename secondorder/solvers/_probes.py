@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NOT_FINITE = "A @ v must be finite, got NaN or infinity; look at what A is computed from."
+
 
 def gaussian(like: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """Independent standard normal numbers, shape (n, count)."""
@@ -37,7 +39,7 @@ def multiply(A: Any, V: Tensor) -> Tensor:
 def check_finite(numbers: Tensor) -> None:
     """Raise unless what came out of products is finite."""
     if not bool(numbers.isfinite().all()):
-        raise RuntimeError("A @ v must be finite, got NaN or infinity; look at what A is computed from.")
+        raise RuntimeError(NOT_FINITE)
 
 
 def identity_blocks(like: Tensor, width: int = 128) -> Iterator[tuple[int, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_count, check_limits, check_symmetric, dense, domain
-from secondorder.solvers._probes import check_finite, gaussian, multiply
+from secondorder.solvers._probes import NOT_FINITE, check_finite, gaussian, multiply
 from secondorder.solvers._result import STATUS_TEXT
 
 WHICH = ("LM", "LA", "SA", "BE")
@@ -128,7 +128,7 @@ def _iterate(run: _Lanczos, k: int, which: str, rtol: float, limit: int) -> tupl
         if run.iterations >= limit:
             return ritz, "max_iter"
         if count == k and not is_unchanged:
-            found = ritz.values[:k]
+            found = ritz.rank(which)[:k]
             # What leads out of these pairs is below the tolerance: it gives way to a random vector.
             run.restart(ritz, k, is_fresh=True)
         else:
@@ -150,6 +150,10 @@ class _Ritz(NamedTuple):
         """The largest magnitude, which stands for the norm of ``A``."""
         return self.values.abs().amax()
 
+    def rank(self, which: str) -> Tensor:
+        """By what they are compared: with "LM", two of opposite sign may be equal."""
+        return self.values.abs() if which == "LM" else self.values
+
     def judge(self, k: int, which: str, rtol: float, found: Tensor | None) -> tuple[int, bool, bool]:
         """How many of k converged; whether none of the others may yet rank before them; whether as ``found``.
 
@@ -158,7 +162,7 @@ class _Ritz(NamedTuple):
         # A quarter, as parts of this size are dropped when the iteration starts afresh; not below rounding.
         inner = max(rtol / 4, torch.finfo(self.values.dtype).eps) * self.norm
         count = (self.estimates[:k] <= inner).sum()
-        rank = self.values.abs() if which == "LM" else self.values
+        rank = self.rank(which)
         # What is missing would appear at one of the two ends of the rest.
         ends = k + torch.stack([self.values[k:].argmax(), self.values[k:].argmin()])
         margins = (rank[ends, None] - rank[None, :k]).abs().amin(1)
@@ -166,7 +170,7 @@ class _Ritz(NamedTuple):
         if found is None:
             is_unchanged = torch.zeros_like(is_settled)
         else:
-            is_unchanged = ((found.sort()[0] - self.values[:k].sort()[0]).abs() <= 4 * inner).all()
+            is_unchanged = ((found.sort()[0] - rank[:k].sort()[0]).abs() <= 4 * inner).all()
         numbers = torch.stack([count, is_settled.to(count), is_unchanged.to(count)]).tolist()
         return numbers[0], bool(numbers[1]), bool(numbers[2])
 
@@ -207,7 +211,7 @@ class _Lanczos:
         self._T[j, : j + 1] = self._T[: j + 1, j] = along + again
         rest, length = torch.stack([w.norm(), length]).tolist()
         if not (math.isfinite(rest) and math.isfinite(length)):
-            check_finite(w * math.nan)
+            raise RuntimeError(NOT_FINITE)
         self._largest = max(self._largest, length)
         # Below this, what is left is the rounding of the product: the subspace is invariant.
         is_invariant = rest <= 10 * torch.finfo(w.dtype).eps * self._largest
