@@ -9,18 +9,31 @@ from secondorder.operators import FunctionOperator, LinearOperator, MatrixOperat
 from secondorder.parameter_operators import Jacobian
 from secondorder.products import fvp, ggnvp
 from secondorder.solvers import (
+    DiagonalPreconditioner,
+    DiagonalResult,
+    EigenResult,
+    NystromPreconditioner,
     SolveResult,
+    SpectralDensity,
     Spectrum,
+    TraceResult,
     block_cg,
     cg,
     cholesky,
+    diagonal,
+    diagonal_preconditioner,
     direct,
+    eigsh,
     gltr,
+    logdet,
     lsmr,
     minres,
     modified_cholesky,
+    nystrom,
+    spectral_density,
     spectrum,
     steihaug,
+    trace,
     trust_region,
 )
 
@@ -63,4 +76,19 @@ __all__ = [
     "direct",
     "spectrum",
     "Spectrum",
+    # eigenvalues, traces, determinants
+    "EigenResult",
+    "eigsh",
+    "SpectralDensity",
+    "spectral_density",
+    "TraceResult",
+    "trace",
+    "logdet",
+    "DiagonalResult",
+    "diagonal",
+    # preconditioners
+    "DiagonalPreconditioner",
+    "diagonal_preconditioner",
+    "NystromPreconditioner",
+    "nystrom",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secondorder import ladder, output_hessians
@@ -145,3 +146,12 @@ class EmpiricalFisher(ThroughOutputs):
 
     def _middle(self, parts: list[Tensor], grad: Pull) -> list[Tensor]:
         return [self._scale * parts[0]]
+
+    def diagonal(self, chunk_size: int = 128) -> Tensor:
+        """Mean (or sum) of squared gradients, shape (n,): one backward pass for each sample.
+
+        To the power 0.75 it is the preconditioner of Martens (2010): see ``diagonal_preconditioner``.
+        """
+        samples = self.jacobian.T
+        blocks = [(samples @ basis).square().sum(1) for basis in samples._basis(chunk_size)]
+        return self._scale * sum(blocks, torch.zeros(self.shape[0], dtype=self.dtype, device=self.device))

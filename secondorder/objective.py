@@ -250,13 +250,17 @@ class OverBatches(LinearOperator):
         self._kept: list[tuple[ParameterOperator, int]] | None = None
 
     def _matvec(self, v: Tensor) -> Tensor:
+        return self._sum(lambda operator: operator @ v) + self._objective.l2 * v
+
+    def _sum(self, of_batch: Callable[[ParameterOperator], Tensor]) -> Tensor:
+        """What one operator for each batch gives, reduced over the samples."""
         if [p._version for p in self._objective.parameters] != self._versions:
             raise RuntimeError("the parameters have changed since this operator was made; make a new one.")
         objective = self._objective
-        total, samples = torch.zeros_like(v), 0
+        total, samples = torch.zeros((), dtype=self.dtype, device=self.device), 0
         kept: list[tuple[ParameterOperator, int]] = []
         for operator, n in self._kept or objective.operators(self._name, self._build):
-            total += (operator @ v) * (n if objective.reduction == "mean" else 1)
+            total = total + of_batch(operator) * (n if objective.reduction == "mean" else 1)
             if self._keep_graph or (self._keep_graph is None and samples == 0):
                 kept.append((operator, n))
             else:
@@ -265,10 +269,20 @@ class OverBatches(LinearOperator):
             # Its graph goes before the next batch comes.
             del operator
         self._kept = kept or None
-        return objective._reduced(total, samples) + objective.l2 * v
+        return objective._reduced(total, samples)
 
     def _matmat(self, V: Tensor) -> Tensor:
         return self._matvec(V)
+
+    def diagonal(self, chunk_size: int = 128) -> Tensor:
+        """The diagonal, shape (n,), in one pass over the data."""
+        return self._sum(lambda operator: operator.diagonal(chunk_size)) + self._objective.l2
+
+    def dense(self, chunk_size: int = 128) -> Tensor:
+        """The matrix, shape (n, n), in one pass over the data."""
+        dense = self._sum(lambda operator: operator.dense(chunk_size))
+        dense.diagonal().add_(self._objective.l2)
+        return dense
 
     def __repr__(self) -> str:
         return f"OverBatches({self._name!r} of {self._objective!r}, shape={self.shape}, dtype={self.dtype})"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secondorder.solvers import SolveResult, Spectrum, cg, direct, lsmr, minres, spectrum
 from secondorder.solvers._checks import looks_symmetric
+from secondorder.solvers._probes import identity_blocks
 
 Product = Callable[[Tensor], Tensor]
 
@@ -127,11 +128,8 @@ class LinearOperator(ABC):
         """The identity, ``chunk_size`` columns at a time."""
         if not (isinstance(chunk_size, int) and chunk_size >= 1):
             raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
-        n = self.shape[1]
-        for start in range(0, n, chunk_size):
-            basis = torch.zeros(n, min(chunk_size, n - start), dtype=self.dtype, device=self.device)
-            basis.diagonal(-start).fill_(1)
-            yield basis
+        like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape[1])
+        return (basis for _, basis in identity_blocks(like, chunk_size))
 
     def _require_square(self, what: str) -> None:
         if self.shape[0] != self.shape[1]:

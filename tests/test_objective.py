@@ -70,6 +70,8 @@ def test_all_quantities_equal_dense_ones_however_the_data_is_cut(network_case, r
             # A second product, which may run on kept graphs, and a block of them.
             torch.testing.assert_close(A @ v, matrix @ v, **SAME)
             torch.testing.assert_close(A @ eye[:, :3], matrix[:, :3], **SAME)
+            torch.testing.assert_close(A.diagonal(), matrix.diagonal(), **SAME)
+            torch.testing.assert_close(A.dense(chunk_size=7), matrix, **SAME)
 
 
 def test_fisher_is_the_gauss_newton_matrix_of_cross_entropy():

@@ -218,6 +218,35 @@ def _with_spectrum(values: Tensor, seed: int) -> Tensor:
     return basis @ torch.diag(values) @ basis.T
 
 
+def _spectra() -> dict[str, Tensor]:
+    """Eigenvalues of operators of 300 rows. ETW: Epperly, Tropp and Webber (2024), XTrace, section 4.1."""
+    n = 300
+    i = torch.arange(1, n + 1, dtype=DOUBLE)
+    bulk = torch.linspace(-0.2, 1, n - 10, dtype=DOUBLE)
+    return {
+        "flat": 3 - 2 * (i - 1) / (n - 1),  # ETW
+        "poly": i**-2,  # ETW
+        "exp": 0.7**i,  # ETW
+        "step": torch.where(i <= 20, 1.0, 1e-3).to(DOUBLE),  # ETW, with a step that fits n
+        "low_rank": torch.where(i <= 8, 9 - i, 0.0),
+        # A bulk around zero and one outlier a class: Ghorbani, Krishnan and Xiao (2019), figure 3.
+        "outliers": torch.cat([bulk, 10 * torch.arange(1, 11, dtype=DOUBLE)]),
+        "multiple": torch.cat(
+            [torch.linspace(0, 5, n - 5, dtype=DOUBLE), torch.full((5,), 6.0, dtype=DOUBLE)]
+        ),
+        # A copy at the end of a spectrum without gaps, where one Krylov space does not see it.
+        "double_edge": torch.cat([torch.linspace(0, 1, n - 1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE)]),
+        "indefinite": torch.linspace(-1, 1.5, n, dtype=DOUBLE),
+        # Each magnitude twice, with both signs.
+        "two_signs": torch.linspace(-1, 1, n, dtype=DOUBLE),
+    }
+
+
+def with_named_spectrum(name: str, seed: int = 0) -> Tensor:
+    """A symmetric matrix of shape (300, 300) with the eigenvalues ``SPECTRA[name]``."""
+    return _with_spectrum(SPECTRA[name], seed)
+
+
 def vector(n: int, seed: int) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
@@ -279,3 +308,4 @@ class Skewed(torch.autograd.Function):
 
 
 SYSTEMS = _systems()
+SPECTRA = _spectra()

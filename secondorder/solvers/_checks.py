@@ -17,29 +17,76 @@ def check_system(A: Any, b: Tensor) -> None:
             f"A must be square and fit b: got A of shape {tuple(shape)} and b of shape {tuple(b.shape)}."
         )
     check_together(A, b)
+    check_symmetric(A, "use lsmr")
+
+
+def check_symmetric(A: Any, remedy: str) -> None:
+    """Raise unless ``A`` is symmetric: looked at for a matrix, declared by an operator."""
     if not (looks_symmetric(A) if isinstance(A, Tensor) else getattr(A, "is_symmetric", True)):
-        raise ValueError("A must be symmetric, got one that differs from its transpose; use lsmr.")
+        raise ValueError(f"A must be symmetric, got one that differs from its transpose; {remedy}.")
 
 
-def check_right_hand_side(b: Tensor) -> None:
+def check_right_hand_side(b: Tensor, name: str = "b") -> None:
     """Raise unless ``b`` is floating-point, of shape (n,) or (n, k)."""
     if not isinstance(b, Tensor):
-        raise TypeError(f"b must be a tensor, got {type(b).__name__}.")
+        raise TypeError(f"{name} must be a tensor, got {type(b).__name__}.")
     if b.ndim not in (1, 2):
-        raise ValueError(f"b must have shape (n,) or (n, k), got {tuple(b.shape)}.")
+        raise ValueError(f"{name} must have shape (n,) or (n, k), got {tuple(b.shape)}.")
     if not b.is_floating_point():
-        raise TypeError(f"b must have a floating-point dtype, got {b.dtype}.")
+        raise TypeError(f"{name} must have a floating-point dtype, got {b.dtype}.")
 
 
-def check_together(A: Any, b: Tensor) -> None:
+def check_together(A: Any, b: Tensor, name: str = "b") -> None:
     """Raise unless ``A`` and ``b`` share dtype and device."""
-    if not (callable(getattr(A, "__matmul__", None))):
-        raise TypeError(f"A must support A @ v, got {type(A).__name__}; wrap a function in FunctionOperator.")
+    check_operator(A)
     dtype, device = getattr(A, "dtype", b.dtype), getattr(A, "device", b.device)
     if dtype != b.dtype:
-        raise TypeError(f"A and b must have one dtype, got {dtype} and {b.dtype}; convert one of them.")
+        raise TypeError(f"A and {name} must have one dtype, got {dtype} and {b.dtype}; convert one of them.")
     if device != b.device:
-        raise ValueError(f"A and b must be on one device, got {device} and {b.device}; move one of them.")
+        raise ValueError(
+            f"A and {name} must be on one device, got {device} and {b.device}; move one of them."
+        )
+
+
+def check_operator(A: Any) -> None:
+    """Raise unless ``A`` has products ``A @ v``."""
+    if not (callable(getattr(A, "__matmul__", None))):
+        raise TypeError(f"A must support A @ v, got {type(A).__name__}; wrap a function in FunctionOperator.")
+
+
+def check_count(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+    """Raise unless ``value`` is an integer from ``lowest`` to ``highest``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < lowest or (highest is not None and value > highest):
+        bounds = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"{name} must be {bounds}, got {value}.")
+
+
+def domain(A: Any, like: Tensor | None, name: str = "like") -> Tensor:
+    """A vector of the space on which the square ``A`` acts, shape (n,), for its length, dtype and device.
+
+    From ``like`` where it is given, else from ``A.shape``, ``A.dtype`` and ``A.device``; it stores one
+    number.
+    """
+    check_operator(A)
+    shape = getattr(A, "shape", None)
+    if shape is not None and not (len(shape) == 2 and shape[0] == shape[1]):
+        raise ValueError(f"A must be square, got shape {tuple(shape)}.")
+    if like is None:
+        if shape is None or not isinstance(getattr(A, "dtype", None), torch.dtype):
+            raise ValueError(f"{name} must be given for an A without shape and dtype; pass a vector (n,).")
+        like = torch.empty((), dtype=A.dtype, device=getattr(A, "device", None)).expand(shape[0])
+    check_right_hand_side(like, name)
+    if like.ndim != 1 or (shape is not None and like.shape[0] != shape[0]):
+        expected = "(n,)" if shape is None else f"({shape[0]},)"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(like.shape)}.")
+    check_together(A, like, name)
+    if like.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"A must be of dtype float32 or float64, got {like.dtype}; torch factors no matrix of that dtype."
+        )
+    return like
 
 
 def looks_symmetric(matrix: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_radius, check_system
+from secondorder.solvers._probes import gaussian
 from secondorder.solvers._result import SolveResult, by_columns
 from secondorder.solvers.trust_region import minimise_diagonal
 
@@ -146,9 +147,7 @@ class _Lanczos:
 
     def continue_elsewhere(self) -> None:
         """Go on from a vector orthogonal to the closed space."""
-        generator = torch.Generator("cpu").manual_seed(self.k)
-        n = self._like.shape[0]
-        w = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(self._like)
+        w = gaussian(self._like, 1, torch.Generator("cpu").manual_seed(self.k))[:, 0]
         for _ in range(3):
             w = w - self.basis @ (self.basis.T @ w)
             w = w / w.norm()
