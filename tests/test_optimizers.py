@@ -185,7 +185,7 @@ def test_checkpoint_resumes_the_same_steps(make, tmp_path):
     assert optimizer.report.status == resumed.report.status
     for ours, theirs in zip(optimizer.param_groups, resumed.param_groups, strict=True):
         for name in ("damping", "radius"):
-            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-9)
+            assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-9)
 
 
 def test_gradient_after_a_step_is_the_one_at_its_start(make):
