@@ -97,7 +97,8 @@ class _Lanczos:
         self.off_diagonal: list[float] = []
         self.is_closed = False
         # Whether the space of b was, or was nearly, exhausted: what comes then is not of b.
-        self.is_exhausted = False
+        self.is_exhausted = self.was_exhausted = False
+        self.is_finite = True
         self._basis = b.new_empty(b.shape[0], 0)
         self._scale = 0.0
         norm = b.norm()
@@ -127,6 +128,7 @@ class _Lanczos:
         values = torch.stack([alpha, w.norm()]).tolist()
         if not all(map(math.isfinite, values)):
             self.k -= 1
+            self.is_finite = False
             return False
         self.diagonal.append(values[0])
         self._scale = max(self._scale, abs(values[0]) + 2 * values[1])
@@ -204,7 +206,7 @@ def _result(A: Any, b: Tensor, run: _Lanczos, small: _Small, tolerance: float) -
     Ax = A @ x
     residual_norm = float((b - Ax - small.shift * x).norm())
     status = small.status
-    if not math.isfinite(residual_norm):
+    if not run.is_finite or not math.isfinite(residual_norm):
         status = "non_finite"
     elif residual_norm > tolerance and status != "singular":
         scale = run._scale * float(x.norm()) + float(b.norm())
