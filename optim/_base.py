@@ -16,13 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optim._decay import WeightDecay, spread
 from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
+from optim._options import check_not_negative
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
 from secondorder.flat import unflatten
 
 # Cost of a product on the kept graph, in gradients of a deep network.
 PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
+
+# Options that groups may differ in: of the rest there is one, as there is one model for all parameters.
+OF_GROUPS = ("lr", "weight_decay", "damping_scale")
 
 # Relative difference between the loss returned and the loss differentiated that is more than rounding.
 MISMATCH = 1e-3
@@ -32,8 +37,9 @@ class StepReport(NamedTuple):
     """What the last step did.
 
     Attributes:
-        loss: Loss before the step.
-        new_loss: Loss after it; equal to ``loss`` where no step was taken.
+        loss: What is minimised, before the step: the closure's loss (negated with ``maximize``) and the
+            weight decay.
+        new_loss: The same after it; equal to ``loss`` where no step was taken.
         accepted: Whether the parameters moved.
         rho: Reduction ratio, actual over predicted decrease, of the last full solution of the model, before
             any line search; NaN when there was none.
@@ -99,7 +105,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Raise ValueError for an option of a parameter group that is out of range."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with its own ``lr``; the other options are those of the first group.
+        """Add a group with its own ``lr``, ``weight_decay`` and ``damping_scale``.
+
+        The other options are those of the first group.
 
         Raises:
             ValueError: an option is out of range, or differs from that of the first group: there is
@@ -108,13 +116,22 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if self.param_groups:
             for name in self.defaults:
                 joint = self.param_groups[0][name]
-                if name != "lr" and param_group.setdefault(name, joint) != joint:
+                if name not in OF_GROUPS and param_group.setdefault(name, joint) != joint:
                     raise ValueError(
                         f"{name} must be the same in all parameter groups (there is one model for all"
                         f" parameters), got {joint!r} and {param_group[name]!r}."
                     )
-        self._check_options({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        check_not_negative(options, "weight_decay")
+        self._check_options(options)
         super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; options that a checkpoint of an older version lacks get their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
@@ -139,30 +156,32 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 f" got {type(closure).__name__}; the closure of torch.optim.LBFGS works as it is."
             )
         parameters = self._parameters()
-        evaluator = ClosureEvaluator(closure, parameters)
+        evaluator = ClosureEvaluator(closure, parameters, -1 if self.param_groups[0]["maximize"] else 1)
         with evaluator.restored_on_error():
             evaluation = evaluator.record()
             with torch.enable_grad():
                 operator, description = self._curvature(evaluation)
             self._check_returned(evaluation)
         counter = Counter(PRODUCT_COST[type(operator)])
-        outcome = self._nothing_to_do(evaluation)
+        decay = WeightDecay.of(self.param_groups)
+        model = _model(evaluation, operator, decay)
+        operator, outcome = model.curvature, self._nothing_to_do(model)
         if outcome is None and self._is_direct(operator):
             operator = MatrixOperator(operator.dense())
             counter.add_products(operator.shape[0])
             if not bool(operator.dense().isfinite().all()):
                 outcome = _Outcome("non_finite")
         if outcome is None:
-            model = QuadraticModel(evaluation.value, evaluation.gradient, operator)
-            outcome = self._search(model, evaluator, parameters, counter)
+            outcome = self._search(model._replace(curvature=operator), evaluator, decay, counter)
         if outcome.taken is not None:
             for parameter, part in zip(parameters, unflatten(outcome.taken.step, parameters), strict=True):
                 parameter.add_(part.to(parameter.dtype))
-        self.report = self._report(evaluation, outcome, counter, description)
+        self.report = self._report(model, outcome, counter, description)
         return evaluation.loss
 
     def _check_returned(self, evaluation: Evaluation) -> None:
         """Warn once when the loss that is judged is not the one that was differentiated."""
+        # Both with the sign of what is minimised.
         differentiated = float(evaluation.objective.detach())
         difference = abs(evaluation.value - differentiated)
         if difference > MISMATCH * max(abs(evaluation.value), abs(differentiated)):
@@ -173,18 +192,18 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 " return what backward was called on.",
             )
 
-    def _nothing_to_do(self, evaluation: Evaluation) -> _Outcome | None:
-        if not bool(evaluation.gradient.any()):
+    def _nothing_to_do(self, model: QuadraticModel) -> _Outcome | None:
+        if not bool(model.gradient.any()):
             return _Outcome("zero_gradient")
         if not any(float(group["lr"]) > 0 for group in self.param_groups):
             return _Outcome("zero_lr")
         return None
 
     def _search(
-        self, model: QuadraticModel, evaluator: ClosureEvaluator, parameters: list[Tensor], counter: Counter
+        self, model: QuadraticModel, evaluator: ClosureEvaluator, decay: WeightDecay, counter: Counter
     ) -> _Outcome:
         """Solve and try, with more damping after each failure, until a step is worth taking."""
-        judge = Judge(model, evaluator, parameters, counter)
+        judge = Judge(model, evaluator, decay, counter)
         status = ""
         for _ in range(self.param_groups[0]["max_trials"]):
             proposal = self._solve(model)
@@ -192,7 +211,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             counter.iterations += proposal.result.iterations
             counter.add_products(proposal.result.products)
             status = proposal.result.status
-            taken = judge.try_out(proposal, self._learning_rates())
+            taken = judge.try_out(proposal, self._learning_rates(model.gradient))
             self._adapt(judge.rho, judge.step_norm)
             if taken is not None:
                 return _Outcome(status, judge.rho, taken)
@@ -217,32 +236,30 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 )
         return parameters
 
-    def _learning_rates(self) -> float | Tensor:
+    def _learning_rates(self, like: Tensor) -> float | Tensor:
         """The factor of the step: a number where all groups agree, else one for each entry."""
-        rates = {float(group["lr"]) for group in self.param_groups}
-        if len(rates) == 1:
-            return rates.pop()
-        return torch.cat(
-            [
-                p.new_full((p.numel(),), float(group["lr"]))
-                for group in self.param_groups
-                for p in group["params"]
-                if p.requires_grad
-            ]
-        )
+        return self._of_groups("lr", like)
+
+    def _of_groups(self, name: str, like: Tensor) -> float | Tensor:
+        """An option of the groups: a number where all agree, else one for each entry, shape (n,)."""
+        values = {float(group[name]) for group in self.param_groups}
+        if len(values) == 1:
+            return values.pop()
+        pairs = [(float(g[name]), p) for g in self.param_groups for p in g["params"] if p.requires_grad]
+        return spread([value for value, _ in pairs], [p for _, p in pairs], like)
 
     def _report(
-        self, evaluation: Evaluation, outcome: _Outcome, counter: Counter, curvature: str
+        self, model: QuadraticModel, outcome: _Outcome, counter: Counter, curvature: str
     ) -> StepReport:
         group, taken = self.param_groups[0], outcome.taken
         return StepReport(
-            loss=evaluation.value,
-            new_loss=evaluation.value if taken is None else taken.value,
+            loss=model.value,
+            new_loss=model.value if taken is None else taken.value,
             accepted=taken is not None,
             rho=outcome.rho,
             damping=group.get("damping", 0.0),
             radius=group.get("radius", math.inf),
-            gradient_norm=float(evaluation.gradient.norm()),
+            gradient_norm=float(model.gradient.norm()),
             step_norm=0.0 if taken is None else float(taken.step.norm()),
             status=outcome.status,
             iterations=counter.iterations,
@@ -296,13 +313,29 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             warnings.warn(text, stacklevel=_level_of_caller())
 
     @staticmethod
-    def _undamped(result: SolveResult, damping: float) -> SolveResult:
-        """With the quadratic of ``B`` in place of that of ``B + damping I``."""
-        return result._replace(quadratic=result.quadratic - damping * float(result.x.dot(result.x)))
+    def _undamped(result: SolveResult, damping: float | Tensor) -> SolveResult:
+        """With the quadratic of ``B`` in place of that of ``B + damping``, a number or a diagonal."""
+        return result._replace(quadratic=result.quadratic - float(result.x.dot(damping * result.x)))
+
+    def _damping(self, like: Tensor) -> float | Tensor:
+        """The present damping, times the scale of each group: a number, or a diagonal of shape (n,)."""
+        damping: float = self.param_groups[0]["damping"]
+        return damping * self._of_groups("damping_scale", like)
 
     def _set_in_all_groups(self, **values: float) -> None:
         for group in self.param_groups:
             group.update(values)
+
+
+def _model(evaluation: Evaluation, curvature: LinearOperator, decay: WeightDecay) -> QuadraticModel:
+    """The model of loss and weight decay, in at least single precision."""
+    gradient, value = evaluation.gradient, evaluation.value
+    if curvature.dtype != gradient.dtype:
+        curvature = curvature.to(gradient.dtype)
+    if decay:
+        curvature = curvature + decay.diagonal(gradient)
+        gradient, value = gradient + decay.gradient(gradient), value + decay.value()
+    return QuadraticModel(value, gradient, curvature)
 
 
 class _Outcome(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optim import _control
+from optim._decay import WeightDecay
 from optim.closure.evaluate import ClosureEvaluator, trial
 from secondorder import LinearOperator, SolveResult
 
@@ -25,7 +26,7 @@ class QuadraticModel(NamedTuple):
     """``m(p) = value + gradient . p + p . curvature p / 2``.
 
     Attributes:
-        value: Loss at the start of the step.
+        value: Objective at the start of the step: the loss and the weight decay.
         gradient: Its gradient, flat, shape (n,).
         curvature: Operator on flat vectors, undamped; a ``MatrixOperator`` for a direct solver.
     """
@@ -80,9 +81,15 @@ class Judge:
     """
 
     def __init__(
-        self, model: QuadraticModel, evaluator: ClosureEvaluator, parameters: list[Tensor], counter: Counter
+        self,
+        model: QuadraticModel,
+        evaluator: ClosureEvaluator,
+        decay: WeightDecay,
+        counter: Counter,
     ) -> None:
-        self._model, self._evaluator, self._parameters = model, evaluator, parameters
+        self._model, self._evaluator = model, evaluator
+        self._decay, self._parameters = decay, decay.parameters
+        self._eps = torch.finfo(decay.parameters[0].dtype).eps
         self._counter = counter
         self.rho = math.nan
         self.step_norm = math.nan
@@ -123,16 +130,16 @@ class Judge:
     def _value_at(self, step: Tensor) -> float:
         self._counter.cost += FORWARD_COST
         with trial(self._parameters, step):
-            return self._evaluator.value()
+            return self._evaluator.value() + self._decay.value()
 
     def _ratio(self, step: Tensor, value: float, predicted: float) -> float:
         """The reduction ratio from the losses or, where their difference is rounding, from the gradients."""
         actual = self._model.value - value
-        if not _control.is_noise(actual, predicted, self._model.value, torch.finfo(step.dtype).eps):
+        if not _control.is_noise(actual, predicted, self._model.value, self._eps):
             return _control.reduction_ratio(actual, predicted)
         self._counter.cost += 1.0
         with trial(self._parameters, step):
-            gradient = self._evaluator.gradient()
+            gradient = self._evaluator.gradient() + self._decay.gradient(step)
         # The trapezoid rule along the step.
         trapezoid = -0.5 * float((self._model.gradient + gradient).dot(step))
         return _control.reduction_ratio(trapezoid, predicted)

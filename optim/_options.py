@@ -23,6 +23,32 @@ def check_positive(options: Mapping[str, Any], *names: str) -> None:
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
 
+def check_not_negative(options: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError unless every option is a finite number that is not negative."""
+    for name in names:
+        value = options[name]
+        if not (isinstance(value, float | int) and 0 <= value < math.inf):
+            raise ValueError(f"{name} must be a non-negative number, got {value!r}.")
+
+
+# Options of torch's first-order optimizers, and why these optimizers lack them.
+_REASONS = {
+    "fused": "the step is a solve of a linear system, not one kernel over the parameters",
+    "foreach": "the parameters are one flat vector already",
+    "capturable": "a step decides on the host whether to take what it solved for, which no CUDA graph can",
+    "differentiable": "a step keeps no graph of itself",
+}
+
+
+def refuse(optimizer: str, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options that are not the optimizer's; those at torch's defaults pass."""
+    for name, value in options.items():
+        if name not in _REASONS:
+            raise TypeError(f"{optimizer} got an unexpected option {name!r}.")
+        if value:
+            raise TypeError(f"{optimizer} does not support {name}={value!r}: {_REASONS[name]}.")
+
+
 def check_count(options: Mapping[str, Any], *names: str) -> None:
     """Raise ValueError unless every option is a positive integer."""
     for name in names:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from optim import _control
 from optim._base import Evaluation, SecondOrderOptimizer
 from optim._judge import Proposal, QuadraticModel
-from optim._options import SOLVERS, check_choice, check_count, check_lr, check_positive
+from optim._options import SOLVERS, check_choice, check_count, check_lr, check_positive, refuse
 from secondorder import LinearOperator, MatrixOperator, cg, direct
 
 
@@ -19,7 +19,7 @@ class GaussNewton(SecondOrderOptimizer):
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
-        lr: Multiplies the step; 1.0 is the full step.
+        lr: Multiplies the step; 1.0 is the full step. May differ between groups.
         damping: First damping, loss over parameter squared; adapts, and lives in the group.
         solver: "direct" (dense matrix), "cg", or "auto": direct for float64 parameters, up to
             ``direct_limit`` of them; in lower precision small eigenvalues are rounding.
@@ -29,11 +29,17 @@ class GaussNewton(SecondOrderOptimizer):
         max_trials: Solves in one step, each with more damping than the last.
         strict: Raise, instead of falling back to the Hessian, where the Gauss-Newton matrix of the
             known losses is not that of the whole objective.
+        weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
+            gradient and curvature, not in ``.grad``. May differ between groups.
+        damping_scale: Factor of the damping; may differ between groups.
+        maximize: Maximise the closure's loss instead.
+        unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
         report: What the last step did, a ``StepReport``; None before the first.
 
     Raises:
+        TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range.
 
     Cost: one gradient and ``n`` products (direct) or up to ``max_iter`` products (cg), each 4/3 gradients.
@@ -64,7 +70,12 @@ class GaussNewton(SecondOrderOptimizer):
         max_iter: int = 250,
         max_trials: int = 10,
         strict: bool = False,
+        weight_decay: float = 0.0,
+        damping_scale: float = 1.0,
+        maximize: bool = False,
+        **unsupported: Any,
     ) -> None:
+        refuse(type(self).__name__, unsupported)
         defaults: dict[str, Any] = dict(
             lr=lr,
             damping=damping,
@@ -75,13 +86,16 @@ class GaussNewton(SecondOrderOptimizer):
             max_iter=max_iter,
             max_trials=max_trials,
             strict=strict,
+            weight_decay=weight_decay,
+            damping_scale=damping_scale,
+            maximize=maximize,
         )
         super().__init__(params, defaults)
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
         check_lr(options)
-        check_positive(options, "damping", "rtol")
+        check_positive(options, "damping", "damping_scale", "rtol")
         check_count(options, "direct_limit", "max_iter", "max_trials")
         check_choice(options, "solver", SOLVERS)
 
@@ -90,9 +104,11 @@ class GaussNewton(SecondOrderOptimizer):
 
     def _solve(self, model: QuadraticModel) -> Proposal:
         group = self.param_groups[0]
-        damping = group["damping"]
+        damping = self._damping(model.gradient)
         if isinstance(model.curvature, MatrixOperator):
-            return Proposal(direct(model.curvature.spectrum, -model.gradient, damping=damping))
+            if isinstance(damping, float):
+                return Proposal(direct(model.curvature.spectrum, -model.gradient, damping=damping))
+            return Proposal(self._undamped(direct(model.curvature + damping, -model.gradient), damping))
         result = cg(
             model.curvature + damping, -model.gradient, rtol=group["rtol"], max_iter=group["max_iter"]
         )

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from optim import _control
 from optim._base import Evaluation, SecondOrderOptimizer
 from optim._judge import Proposal, QuadraticModel
-from optim._options import check_count, check_lr, check_positive
+from optim._options import check_count, check_lr, check_positive, refuse
 from secondorder import LinearOperator, cg
 from secondorder.flat import flatten, unflatten
 from secondorder.solvers import RelativeProgress
@@ -28,7 +28,7 @@ class HessianFree(SecondOrderOptimizer):
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
-        lr: Multiplies the step; 1.0 is the full step.
+        lr: Multiplies the step; 1.0 is the full step. May differ between groups.
         damping: First damping, loss over parameter squared; adapts, and lives in the group.
         max_iter: Iterations of CG in one solve.
         progress: CG stops when the model decreased by less than this, relative, an iteration.
@@ -36,11 +36,17 @@ class HessianFree(SecondOrderOptimizer):
         max_trials: Solves in one step, each with more damping than the last.
         strict: Raise, instead of falling back to the Hessian, where the Gauss-Newton matrix of the
             known losses is not that of the whole objective.
+        weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
+            gradient and curvature, not in ``.grad``. May differ between groups.
+        damping_scale: Factor of the damping; may differ between groups.
+        maximize: Maximise the closure's loss instead.
+        unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
         report: What the last step did, a ``StepReport``; None before the first.
 
     Raises:
+        TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range.
 
     Cost: one gradient and up to ``max_iter`` products of 4/3 gradients; a few evaluations of the loss.
@@ -74,7 +80,12 @@ class HessianFree(SecondOrderOptimizer):
         decay: float = 0.95,
         max_trials: int = 5,
         strict: bool = False,
+        weight_decay: float = 0.0,
+        damping_scale: float = 1.0,
+        maximize: bool = False,
+        **unsupported: Any,
     ) -> None:
+        refuse(type(self).__name__, unsupported)
         defaults: dict[str, Any] = dict(
             lr=lr,
             damping=damping,
@@ -83,13 +94,16 @@ class HessianFree(SecondOrderOptimizer):
             decay=decay,
             max_trials=max_trials,
             strict=strict,
+            weight_decay=weight_decay,
+            damping_scale=damping_scale,
+            maximize=maximize,
         )
         super().__init__(params, defaults)
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
         check_lr(options)
-        check_positive(options, "damping", "progress")
+        check_positive(options, "damping", "damping_scale", "progress")
         check_count(options, "max_iter", "max_trials")
         if not 0 <= options["decay"] <= 1:
             raise ValueError(f"decay must be between 0 and 1, got {options['decay']!r}.")
@@ -99,7 +113,7 @@ class HessianFree(SecondOrderOptimizer):
 
     def _solve(self, model: QuadraticModel) -> Proposal:
         group = self.param_groups[0]
-        damping = group["damping"]
+        damping = self._damping(model.gradient)
         stop = RelativeProgress(group["progress"])
         result = cg(
             model.curvature + damping,
@@ -121,7 +135,8 @@ class HessianFree(SecondOrderOptimizer):
         parameters = self._parameters()
         if not any("cg_solution" in self.state[p] for p in parameters):
             return None
-        return decay * flatten([self.state[p].get("cg_solution", torch.zeros_like(p)) for p in parameters])
+        parts = [self.state[p].get("cg_solution", torch.zeros_like(p)) for p in parameters]
+        return decay * flatten([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts])
 
     def _keep(self, x: Tensor) -> None:
         if not bool(x.isfinite().all()):

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from optim import _control
 from optim._base import Evaluation, SecondOrderOptimizer
 from optim._judge import Proposal, QuadraticModel
-from optim._options import SOLVERS, check_choice, check_count, check_lr, check_positive
+from optim._options import SOLVERS, check_choice, check_count, check_lr, check_positive, refuse
 from secondorder import Hessian, LinearOperator, MatrixOperator, steihaug, trust_region
 
 
@@ -22,7 +22,7 @@ class Newton(SecondOrderOptimizer):
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
-        lr: Multiplies the step; 1.0 is the full Newton step.
+        lr: Multiplies the step; 1.0 is the full Newton step. May differ between groups.
         radius: First trust radius, in units of the parameters; adapts, and lives in the group.
         solver: "direct" (dense Hessian), "cg" (Steihaug), or "auto": direct for float64 parameters, up
             to ``direct_limit`` of them; in lower precision small eigenvalues are rounding.
@@ -30,11 +30,16 @@ class Newton(SecondOrderOptimizer):
         rtol: Relative residual at which CG stops.
         max_iter: Iterations of CG in one solve.
         max_trials: Solves in one step, each with a smaller radius than the last.
+        weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
+            gradient and curvature, not in ``.grad``. May differ between groups.
+        maximize: Maximise the closure's loss instead.
+        unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
         report: What the last step did, a ``StepReport``; None before the first.
 
     Raises:
+        TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range.
 
     Cost: one gradient and ``n`` products (direct) or up to ``max_iter`` products (cg), each 2 gradients.
@@ -63,7 +68,11 @@ class Newton(SecondOrderOptimizer):
         rtol: float = 1e-2,
         max_iter: int = 250,
         max_trials: int = 10,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        **unsupported: Any,
     ) -> None:
+        refuse(type(self).__name__, unsupported)
         defaults: dict[str, Any] = dict(
             lr=lr,
             radius=radius,
@@ -72,6 +81,8 @@ class Newton(SecondOrderOptimizer):
             rtol=rtol,
             max_iter=max_iter,
             max_trials=max_trials,
+            weight_decay=weight_decay,
+            maximize=maximize,
         )
         super().__init__(params, defaults)
 

@@ -190,6 +190,16 @@ class LinearOperator(ABC):
         system = self + damping if damping else self
         return iterate(system, b, M=M, rtol=rtol, max_iter=max_iter)
 
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        """The operator for vectors of another dtype, which are converted for each product and back."""
+        if dtype == self.dtype:
+            return self
+        forward = lambda v: (self @ v.to(self.dtype)).to(dtype)  # noqa: E731
+        backward = None if self.is_symmetric else lambda u: (self.T @ u.to(self.dtype)).to(dtype)
+        converted = _Derived(self.shape, self, forward, backward)
+        converted.dtype = dtype
+        return converted
+
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` that takes and gives NumPy arrays, on the CPU."""
         products = {

@@ -106,8 +106,8 @@ class Jacobian(LinearOperator):
         batched: As in ``ParameterOperator``.
 
     Raises:
-        ValueError: ``outputs`` carry no graph, or are of another dtype or device than the parameters;
-            ``parameters`` is empty, mixed or frozen.
+        ValueError: ``outputs`` carry no graph, or are on another device than the parameters; ``parameters``
+            is empty, mixed or frozen.
 
     Cost: construction, one gradient with a graph; ``J @ v`` about 0.4, ``J.T @ u`` 0.7 gradients.
 
@@ -135,10 +135,10 @@ class Jacobian(LinearOperator):
         if not any(output.requires_grad for output in self.outputs):
             raise ValueError("outputs must carry a graph; compute them with gradients on.")
         for output in self.outputs:
-            if output.dtype != first.dtype or output.device != first.device:
+            if output.device != first.device or output.is_complex() != first.is_complex():
                 raise ValueError(
-                    f"outputs and parameters must share dtype and device, got {output.dtype} on"
-                    f" {output.device} and {first.dtype} on {first.device}."
+                    f"outputs and parameters must be on one device, and real or complex together, got"
+                    f" {output.dtype} on {output.device} and {first.dtype} on {first.device}."
                 )
         self._batched = self._batched_transpose = batched
         rows, columns = (sum(t.numel() for t in tensors) for tensors in (self.outputs, self.parameters))
@@ -189,7 +189,7 @@ class Jacobian(LinearOperator):
 
     def pull(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
         """``J^T u`` in parts, shaped like the parameters."""
-        live = [(z, part) for z, part in zip(self.outputs, parts, strict=True) if z.requires_grad]
+        live = [(z, part.to(z.dtype)) for z, part in zip(self.outputs, parts, strict=True) if z.requires_grad]
         return grad([z for z, _ in live], self.parameters, [part for _, part in live])
 
     def restrict(self, indices: Sequence[int]) -> Jacobian:
@@ -203,15 +203,21 @@ class Jacobian(LinearOperator):
         return block
 
     def _matvec(self, v: Tensor) -> Tensor:
-        return flatten(self.push(unflatten(v, self.parameters), pull))
+        return flatten(self._as_dtype(self.push(unflatten(v, self.parameters), pull)))
 
     def _matmat(self, V: Tensor) -> Tensor:
         return in_batch_or_loop(
             self,
             V,
             self._matvec,
-            lambda V: flatten_rows(self.push(unflatten_rows(V.T, self.parameters), pull_rows)).T,
+            lambda V: (
+                flatten_rows(self._as_dtype(self.push(unflatten_rows(V.T, self.parameters), pull_rows))).T
+            ),
         )
+
+    def _as_dtype(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs may be of another dtype than the parameters, as under autocast; flat vectors are not."""
+        return [part.to(self.dtype) for part in parts]
 
     def _rmatvec(self, u: Tensor) -> Tensor:
         return flatten(self.pull(unflatten(u, self.outputs), pull))

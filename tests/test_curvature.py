@@ -393,5 +393,18 @@ class TestFisher:
             EmpiricalFisher(w.sum(), [w])
         with pytest.raises(ValueError, match="outputs must carry a graph"):
             Jacobian(w.detach(), [w])
-        with pytest.raises(ValueError, match="share dtype and device, got torch.float64"):
-            Jacobian(w.double(), [w])
+        with pytest.raises(ValueError, match="real or complex together, got torch.complex64"):
+            Jacobian(w.to(torch.complex64), [w])
+
+
+def test_outputs_of_another_dtype():
+    """As under autocast: flat vectors have the dtype of the parameters."""
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    outputs = w.square().float()
+    J = Jacobian(outputs, [w])
+    expected = torch.diag(2 * w.detach())
+    for dense in (J.dense(), J.T.dense()):
+        assert dense.dtype == torch.float64
+        torch.testing.assert_close(dense, expected)
+    G = GaussNewton(outputs.square().sum(), outputs, [w])
+    torch.testing.assert_close(G.dense(), 2 * expected**2)

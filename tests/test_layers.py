@@ -34,6 +34,7 @@ ORDER = [
     "optim._options",
     "optim._control",
     "optim.closure",
+    "optim._decay",
     "optim._judge",
     "optim._base",
     "optim.newton",

@@ -513,7 +513,7 @@ class TestHessianFreeRecipe:
         judge = Judge.__new__(Judge)
         x = [torch.tensor([float(i)]) for i in (1, 2, 3)]
         judge._model = QuadraticModel(1.0, torch.tensor([-1.0]), None)
-        judge._counter = Counter()
+        judge._counter, judge._eps = Counter(), torch.finfo(torch.float32).eps
         judge._value_at = lambda step: trials.append(float(step)) or (float(step) - 2.0) ** 2 / 10
         result = SolveResult(x[2], "stopped", 3, 0.0, 0.1, 3)
         taken = judge.try_out(Proposal(result, tuple(x[:2]), line_search=True), 1.0)

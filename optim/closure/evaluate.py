@@ -25,13 +25,14 @@ Closure = Callable[[], Any]
 
 
 class Evaluation(NamedTuple):
-    """What one recorded run of the closure gave.
+    """What one recorded run of the closure gave; what is minimised is ``sign`` times its loss.
 
     Attributes:
         loss: What the closure returned as loss, detached.
-        value: The same as a number.
-        objective: Scalar with a graph whose gradient the closure asked for.
-        gradient: Gradient as the closure left it in ``.grad``, flat, shape (n,).
+        value: ``sign`` times it, as a number.
+        objective: ``sign`` times the scalar with a graph whose gradient the closure asked for.
+        gradient: ``sign`` times the gradient that the closure left in ``.grad``, flat, shape (n,), in single
+            precision at least.
         coverage: Blocks of the Gauss-Newton matrix, or why there are none.
     """
 
@@ -48,10 +49,11 @@ class ClosureEvaluator:
     Args:
         closure: Returns the loss, or ``(loss, outputs)``; may call ``backward`` itself.
         parameters: The parameters that the optimizer moves.
+        sign: -1 where the closure's loss is to be maximised.
     """
 
-    def __init__(self, closure: Closure, parameters: Sequence[Tensor]) -> None:
-        self._closure = closure
+    def __init__(self, closure: Closure, parameters: Sequence[Tensor], sign: int = 1) -> None:
+        self._closure, self._sign = closure, sign
         self._parameters = tuple(parameters)
         self._random = RandomState(parameter.device for parameter in self._parameters)
         self._differentiates = False
@@ -98,6 +100,7 @@ class ClosureEvaluator:
                     "the gradient at the current parameters must be finite, got NaN or infinity;"
                     " look for the operation with torch.autograd.set_detect_anomaly(True)."
                 )
+            root_gradients = [self._sign * weight for weight in root_gradients]
             terms = [(root * weight).sum() for root, weight in zip(roots, root_gradients, strict=True)]
             objective = sum(terms[1:], start=terms[0])
             if outputs:
@@ -105,14 +108,14 @@ class ClosureEvaluator:
             else:
                 coverage = cover(mode.log.losses, roots, root_gradients, self._parameters)
         returned_loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
-        return Evaluation(returned_loss, value, objective, gradient, coverage)
+        return Evaluation(returned_loss, self._sign * value, objective, gradient, coverage)
 
     def value(self) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors."""
         gradients = {parameter: parameter.grad for parameter in self._parameters}
         with _grads_put_aside(self._parameters), WriteGuard() as guard:
             mode = Value(guard, gradients, self._differentiates)
-            return _number(self._replay(mode, gradients=self._differentiates))
+            return self._sign * _number(self._replay(mode, gradients=self._differentiates))
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
@@ -149,9 +152,10 @@ class ClosureEvaluator:
             raise RuntimeError(
                 "gradients must be dense, got a sparse one; use sparse=False in the embedding."
             )
-        return flatten(
+        gradient = flatten(
             [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, grads, strict=True)]
         )
+        return self._sign * gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 @contextlib.contextmanager
