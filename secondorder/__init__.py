@@ -4,8 +4,9 @@ from secondorder.curvature import Block, GaussNewton, Hessian
 from secondorder.fisher import EmpiricalFisher, Fisher
 from secondorder.functional import hessian, hvp, jacobian, jvp, vhp, vjp
 from secondorder.influence import InfluenceResult, influence
+from secondorder.matrix_operators import FunctionOperator, MatrixOperator
 from secondorder.objective import Objective
-from secondorder.operators import FunctionOperator, LinearOperator, MatrixOperator
+from secondorder.operators import LinearOperator
 from secondorder.parameter_operators import Jacobian
 from secondorder.products import fvp, ggnvp
 from secondorder.solvers import (

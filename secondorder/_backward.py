@@ -10,7 +10,10 @@ from torch import Tensor
 from secondorder.ladder import explained
 
 # Here the graph is all there is: the function behind it can not be run again.
-_REMEDY = "the graph is given; compute it inside secondorder.decompose.decompose()"
+_REMEDY = (
+    "the graph is given; compute it inside `with secondorder.decompose.decompose():`, or use Hessian.of,"
+    " GaussNewton.of or Objective, which call the function themselves"
+)
 
 
 def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:

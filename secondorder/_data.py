@@ -22,8 +22,8 @@ class Batches:
     themselves, and leaves that of the caller as it was.
 
     Args:
-        data: A pair of tensors (inputs, targets), a Dataset of pairs, a DataLoader or another collection of
-            batches, each a pair.
+        data: A pair (inputs, targets) of a tensor, or a tuple or dict of tensors, and a tensor; a Dataset of
+            pairs; a DataLoader or another collection of batches, each a pair.
         batch_size: Of the batches that tensors and Datasets are cut into.
         device: Where batches are moved to.
     """
@@ -52,15 +52,17 @@ class Batches:
 
 def _source(data: Any, batch_size: int) -> Iterable[Any]:
     """Something that gives the batches as often as it is asked."""
-    if isinstance(data, list | tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+    if _is_pair(data):
         inputs, targets = data
-        if not inputs.ndim or not targets.ndim or len(inputs) != len(targets):
+        shapes = [tuple(t.shape) for t in _leaves(inputs)]
+        if not targets.ndim or any(not shape or shape[0] != len(targets) for shape in shapes):
             raise ValueError(
-                "data must hold as many inputs as targets, got tensors of shapes"
-                f" {tuple(inputs.shape)} and {tuple(targets.shape)}."
+                "data must hold as many inputs as targets, got inputs of shape"
+                f" {', '.join(map(str, shapes))} and targets of shape {tuple(targets.shape)}."
             )
-        source: Any = list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))
-        size = len(inputs)
+        size = len(targets)
+        cuts = [slice(start, start + batch_size) for start in range(0, size, batch_size)]
+        source: Any = [(_cut(inputs, cut), targets[cut]) for cut in cuts]
     elif isinstance(data, DataLoader):
         if data.drop_last:
             raise ValueError("data must not leave samples out, got a DataLoader with drop_last=True.")
@@ -79,6 +81,20 @@ def _source(data: Any, batch_size: int) -> Iterable[Any]:
     if not size:
         raise ValueError("data must hold at least one sample, got none.")
     return source
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether this is inputs and targets of all samples, not a list of two batches."""
+    if not isinstance(data, list | tuple) or len(data) != 2 or not isinstance(data[1], Tensor):
+        return False
+    return all(isinstance(leaf, Tensor) for leaf in _leaves(data[0]))
+
+
+def _cut(inputs: Any, cut: slice) -> Any:
+    """Some of the samples."""
+    if isinstance(inputs, dict):
+        return {key: value[cut] for key, value in inputs.items()}
+    return inputs[cut] if isinstance(inputs, Tensor) else tuple(value[cut] for value in inputs)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -6,6 +6,7 @@ The function is evaluated once; its gradient (or, for the Gauss-Newton and Fishe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secondorder import _arguments, ladder, output_hessians
+from secondorder._backward import pull
 from secondorder._tree import Tree, scalar
 from secondorder.convolutions import lighten_gradients
 from secondorder.flat import flatten, unflatten
@@ -53,7 +55,8 @@ class Hessian(ParameterOperator):
         parameters: As given.
 
     Raises:
-        ValueError: ``loss`` is not a scalar with a graph; ``parameters`` is empty, mixed or frozen.
+        ValueError: ``loss`` is not a scalar with a graph, or depends on none of the parameters;
+            ``parameters`` is empty, mixed or frozen.
         RuntimeError: ``loss`` was computed with an operation whose second derivative torch gets wrong.
 
     Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.3 gradients (transformer), 1.9 to
@@ -81,6 +84,8 @@ class Hessian(ParameterOperator):
         refuse_wrong(loss)
         self._loss = loss
         grads = self._differentiate()
+        if all(grad is None for grad in grads):
+            raise ValueError("loss must depend on at least one of the parameters, but it does on none.")
         self.gradient = flatten(
             [
                 torch.zeros_like(p) if g is None else g.detach()
@@ -191,6 +196,23 @@ class GaussNewton(ThroughOutputs):
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         block = Block(loss, outputs, torch.ones_like(loss))
         self._set_up([block], parameters, keep_graph, batched)
+        if not self.has_curvature():
+            warnings.warn(
+                "the Gauss-Newton matrix is zero: the loss is linear in the outputs, as nll_loss is in"
+                " log-probabilities. Take the logits for outputs, with cross_entropy.",
+                stacklevel=2,
+            )
+
+    def has_curvature(self) -> bool:
+        """Whether the losses are curved in the outputs, found out with one random vector there.
+
+        Cost: a product with the Hessian of the loss in the space of outputs, and one host read.
+        """
+        if self._is_zero:
+            return False
+        generator = torch.Generator("cpu").manual_seed(0)
+        parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in self.jacobian.outputs]
+        return bool(torch.stack([part.any() for part in self._middle(parts, pull)]).any())
 
     @classmethod
     def of_blocks(

@@ -136,6 +136,8 @@ class EmpiricalFisher(ThroughOutputs):
     ) -> None:
         super().__init__(parameters, batched)
         output_hessians.check("normal", reduction, None)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses must be a tensor of shape (N,), got {type(losses).__name__}.")
         if losses.ndim != 1:
             raise ValueError(
                 f"losses must have shape (N,), one for each sample, got {tuple(losses.shape)};"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -34,8 +35,9 @@ class Objective:
             inputs are its argument; a tuple is unpacked into arguments, a dict into keywords.
         loss: Takes outputs and targets of a batch, returns the mean (or sum) of the samples' losses, such as
             ``torch.nn.functional.cross_entropy`` or a loss module.
-        data: A pair of tensors (inputs, targets), a Dataset of such pairs, a DataLoader, or a list of batches
-            (inputs, targets). Samples lie in the first dimension of the targets.
+        data: A pair (inputs, targets), a Dataset of such pairs, a DataLoader, or a list of batches (inputs,
+            targets). Targets are a tensor, inputs one or a tuple or dict of them; samples lie in their first
+            dimension.
         l2: Weight of the L2 term, loss over parameter squared. It is part of value, gradient and operators.
         reduction: "mean" or "sum": what ``loss`` does with the samples of a batch, and the objective with
             all of them.
@@ -49,8 +51,8 @@ class Objective:
     Raises:
         TypeError: ``data`` is an iterator, which can be walked only once, or gives something else than pairs.
         ValueError: a module depends on chance or on the batch (dropout in training mode, BatchNorm on batch
-            statistics); ``loss`` is not the reduction over samples, found out with the first batch;
-            ``data`` is empty; an option is out of range.
+            statistics); ``loss`` is not the reduction over samples (class weights, ignored targets), found
+            out in the first pass from the halves of each batch; ``data`` is empty; an option is out of range.
 
     Cost: ``value``, a forward pass over the data; ``gradient``, one gradient; a product with an operator, two
     to four gradients, less where all data is one batch, whose graph is kept.
@@ -79,11 +81,22 @@ class Objective:
             raise ValueError(f"l2 must be non-negative, got {l2}.")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}.")
+        if isinstance(loss, type) or not callable(loss):
+            raise TypeError(f"loss must be a function or a loss module, got {_kind(loss)}; make an instance.")
         own = getattr(loss, "reduction", reduction)
         if own != reduction:
             raise ValueError(f"loss must reduce as the objective does, got {own!r} and {reduction!r}.")
+        if reduction == "mean" and isinstance(getattr(loss, "weight", None), Tensor):
+            raise ValueError(
+                f"loss must be the mean over samples, got {type(loss).__name__} with class weights,"
+                " whose mean depends on the classes in a batch; use reduction='sum' for both."
+            )
         check_deterministic(model)
         chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
+        if parameters is None and not chosen:
+            raise ValueError("model must have a parameter that requires gradients, got none.")
         self.parameters = check_parameters(chosen)
         self.model, self.loss, self.l2, self.reduction = model, loss, l2, reduction
         self._batches = Batches(data, batch_size, self.parameters[0].device)
@@ -192,6 +205,7 @@ class Objective:
             total = part if total is None else total + part
         if total is None:
             raise ValueError("data must hold at least one sample, got none.")
+        self._is_checked = True
         return total, samples
 
     def _reduced(self, total: Tensor, samples: int) -> Tensor:
@@ -201,14 +215,13 @@ class Objective:
         return flatten([p.detach() for p in self.parameters])
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Loss and outputs of a batch; the first is looked at more closely."""
+        """Loss and outputs of a batch; in the first pass they are looked at more closely."""
         if self._is_checked:
             outputs = call(self.model, batch[0])
             return self.loss(outputs, batch[1]), outputs
         outputs = _checked_call(self.model, batch[0])
         value = self.loss(outputs, batch[1])
         self._check_reduction(value, outputs, batch)
-        self._is_checked = True
         return value, outputs
 
     def _check_reduction(self, value: Tensor, outputs: Any, batch: Batch) -> None:
@@ -225,17 +238,24 @@ class Objective:
         weights = (half / n, 1 - half / n) if self.reduction == "mean" else (1.0, 1.0)
         whole, first, second = (float(v.detach()) for v in (value, *halves))
         apart = weights[0] * first + weights[1] * second
-        # Far above rounding, far below any real difference.
-        if abs(whole - apart) > torch.finfo(value.dtype).eps ** 0.5 * (abs(first) + abs(second)):
+        if not math.isfinite(whole):
+            return
+        # Far above rounding, far below any real difference. A mean over ignored targets alone is NaN.
+        if not abs(whole - apart) <= torch.finfo(value.dtype).eps ** 0.5 * (abs(first) + abs(second)):
+            shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
             raise ValueError(
                 f"loss must be the {self.reduction} over the samples of a batch, got {whole:.6g} for a batch"
-                f" whose halves give {apart:.6g}; drop class weights and ignored targets, or use"
-                " reduction='sum'."
+                f" ({shapes}) whose halves give {apart:.6g}; mind the shapes, drop class weights and ignored"
+                " targets, or use reduction='sum'."
             )
 
     def __repr__(self) -> str:
         n = sum(p.numel() for p in self.parameters)
         return f"Objective({type(self.model).__name__}, {n} parameters, l2={self.l2}, {self.reduction!r})"
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class OverBatches(LinearOperator):
@@ -269,6 +289,7 @@ class OverBatches(LinearOperator):
             # Its graph goes before the next batch comes.
             del operator
         self._kept = kept or None
+        objective._is_checked = True
         return objective._reduced(total, samples)
 
     def _matmat(self, V: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ have shape ``(n,)``, blocks of ``k`` vectors ``(n, k)``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -16,8 +17,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from secondorder.solvers import SolveResult, Spectrum, cg, direct, lsmr, minres, spectrum
-from secondorder.solvers._checks import looks_symmetric
+from secondorder.solvers import SolveResult, cg, direct, lsmr, minres
 from secondorder.solvers._probes import identity_blocks
 
 Product = Callable[[Tensor], Tensor]
@@ -100,7 +100,9 @@ class LinearOperator(ABC):
         """The transpose."""
         if self.is_symmetric:
             return self
-        transposed = _Derived((self.shape[1], self.shape[0]), self, self._times_transposed, self.__matmul__)
+        shape = (self.shape[1], self.shape[0])
+        text = f"{_bracketed(self)}.T"
+        transposed = _Derived(text, shape, self, self._times_transposed, self.__matmul__)
         transposed.__dict__["T"] = self
         return transposed
 
@@ -166,6 +168,7 @@ class LinearOperator(ABC):
         Cost: that of the solver; "direct", ``n`` products and ``9 n^3`` operations.
 
         Example:
+            >>> from secondorder import MatrixOperator
             >>> MatrixOperator(torch.tensor([[2.0, 0.0], [0.0, 4.0]])).solve(torch.ones(2)).x
             tensor([0.5000, 0.2500])
         """
@@ -196,7 +199,7 @@ class LinearOperator(ABC):
             return self
         forward = lambda v: (self @ v.to(self.dtype)).to(dtype)  # noqa: E731
         backward = None if self.is_symmetric else lambda u: (self.T @ u.to(self.dtype)).to(dtype)
-        converted = _Derived(self.shape, self, forward, backward)
+        converted = _Derived(f"{_bracketed(self)}.to({dtype})", self.shape, self, forward, backward)
         converted.dtype = dtype
         return converted
 
@@ -227,7 +230,8 @@ class LinearOperator(ABC):
             _require_equal(self, other, "shape", "dtype", "device")
             is_symmetric = self.is_symmetric and other.is_symmetric
             backward = None if is_symmetric else lambda u: self.T @ u + other.T @ u
-            return _Derived(self.shape, self, lambda v: self @ v + other @ v, backward)
+            text = f"{self._label} + {other._label}"
+            return _Derived(text, self.shape, self, lambda v: self @ v + other @ v, backward)
         if isinstance(other, Tensor | float | int):
             return self._shifted(other)
         return NotImplemented
@@ -239,7 +243,12 @@ class LinearOperator(ABC):
         self._require_square("adding a number or a diagonal")
         n = self.shape[0]
         if isinstance(shift, Tensor) and shift.ndim > 0 and tuple(shift.shape) != (n,):
-            raise ValueError(f"shift must be a number or have shape ({n},), got {tuple(shift.shape)}.")
+            raise ValueError(
+                f"shift must be a number or a diagonal of shape ({n},), got {tuple(shift.shape)}; wrap a"
+                " matrix in MatrixOperator."
+            )
+        if not isinstance(shift, Tensor) and not math.isfinite(shift):
+            raise ValueError(f"shift must be finite, got {shift}.")
 
         def times(v: Tensor) -> Tensor:
             if isinstance(shift, Tensor) and shift.ndim == 1 and v.ndim == 2:
@@ -247,17 +256,33 @@ class LinearOperator(ABC):
             return shift * v
 
         backward = None if self.is_symmetric else lambda u: self.T @ u + times(u)
-        return _Derived(self.shape, self, lambda v: self @ v + times(v), backward)
+        what = "diagonal" if isinstance(shift, Tensor) and shift.ndim else f"{float(shift):.6g}"
+        return _Derived(f"{self._label} + {what}", self.shape, self, lambda v: self @ v + times(v), backward)
 
     def _composed(self, other: LinearOperator) -> LinearOperator:
-        """``A @ B``; known to be symmetric where ``B`` is the transpose of ``A``."""
+        """``A @ B``; known to be symmetric where the factors mirror one another, as in ``J.T @ D @ J``."""
         _require_equal(self, other, "dtype", "device")
         if self.shape[1] != other.shape[0]:
             raise ValueError(f"A and B must fit for A @ B, got shapes {self.shape} and {other.shape}.")
-        is_symmetric = other is self.T or other.T is self
+        factors = (*self._factors, *other._factors)
+        is_symmetric = all(a is b.T for a, b in zip(factors, reversed(factors), strict=True))
         backward = None if is_symmetric else lambda u: other.T @ (self.T @ u)
         shape = (self.shape[0], other.shape[1])
-        return _Derived(shape, self, lambda v: self @ (other @ v), backward)
+        text = f"{_bracketed(self)} @ {_bracketed(other)}"
+        product = _Derived(text, shape, self, lambda v: self @ (other @ v), backward)
+        product._known_factors = factors
+        return product
+
+    # The operators of which this is the product, where it is known to be one.
+    _known_factors: tuple[LinearOperator, ...] | None = None
+
+    @property
+    def _factors(self) -> tuple[LinearOperator, ...]:
+        return (self,) if self._known_factors is None else self._known_factors
+
+    @property
+    def _label(self) -> str:
+        return type(self).__name__
 
     def __sub__(self, other: LinearOperator | Tensor | float) -> LinearOperator:
         return self + (-1.0 * other)
@@ -265,16 +290,17 @@ class LinearOperator(ABC):
     def __rsub__(self, other: Tensor | float) -> LinearOperator:
         return -self + other
 
-    def __mul__(self, factor: float) -> LinearOperator:
-        if not isinstance(factor, float | int):
+    def __mul__(self, factor: Tensor | float) -> LinearOperator:
+        if not isinstance(factor, float | int) and not (isinstance(factor, Tensor) and factor.ndim == 0):
             return NotImplemented
         backward = None if self.is_symmetric else lambda u: factor * (self.T @ u)
-        return _Derived(self.shape, self, lambda v: factor * (self @ v), backward)
+        text = f"{float(factor):.6g} * {_bracketed(self)}"
+        return _Derived(text, self.shape, self, lambda v: factor * (self @ v), backward)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> LinearOperator:
-        return self * (1 / divisor) if isinstance(divisor, float | int) else NotImplemented
+    def __truediv__(self, divisor: Tensor | float) -> LinearOperator:
+        return self * (1 / divisor)
 
     def __neg__(self) -> LinearOperator:
         return -1.0 * self
@@ -283,13 +309,30 @@ class LinearOperator(ABC):
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
 
 
+def _bracketed(operator: LinearOperator) -> str:
+    return f"({operator._label})" if " + " in operator._label else operator._label
+
+
 class _Derived(LinearOperator):
     """An operator made of others: a function of vectors or blocks, and one for its transpose."""
 
+    @property
+    def _label(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"LinearOperator({self._text}, shape={self.shape}, dtype={self.dtype}, device={self.device})"
+
     def __init__(
-        self, shape: tuple[int, int], like: LinearOperator, forward: Product, backward: Product | None
+        self,
+        text: str,
+        shape: tuple[int, int],
+        like: LinearOperator,
+        forward: Product,
+        backward: Product | None,
     ) -> None:
         super().__init__(shape, like.dtype, like.device)
+        self._text = text
         self.is_symmetric = backward is None
         self._forward, self._backward = forward, forward if backward is None else backward
 
@@ -311,87 +354,3 @@ def _require_equal(first: LinearOperator, second: LinearOperator, *names: str) -
         ours, theirs = getattr(first, name), getattr(second, name)
         if ours != theirs:
             raise ValueError(f"A and B must have one {name}, got {ours} and {theirs}.")
-
-
-class MatrixOperator(LinearOperator):
-    """An operator from a matrix.
-
-    Args:
-        matrix: Shape (m, n).
-        is_symmetric: Whether it is; looked at when None, up to ``sqrt(eps)`` of the largest entry.
-
-    Attributes:
-        spectrum: Its eigendecomposition, where it is symmetric, computed once, when first asked for.
-
-    Example:
-        >>> A = MatrixOperator(torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
-        >>> A @ torch.ones(2)
-        tensor([2., 3.])
-    """
-
-    def __init__(self, matrix: Tensor, is_symmetric: bool | None = None) -> None:
-        if not isinstance(matrix, Tensor) or matrix.ndim != 2:
-            shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise ValueError(f"matrix must be a tensor of shape (m, n), got {shape}.")
-        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
-        self.is_symmetric = looks_symmetric(matrix) if is_symmetric is None else is_symmetric
-        self._matrix = matrix
-
-    def _matvec(self, v: Tensor) -> Tensor:
-        return self._matrix @ v
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        return self._matrix @ V
-
-    def _rmatvec(self, u: Tensor) -> Tensor:
-        return self._matrix.T @ u
-
-    def _rmatmat(self, U: Tensor) -> Tensor:
-        return self._matrix.T @ U
-
-    def dense(self, chunk_size: int = 128) -> Tensor:
-        """The matrix itself."""
-        return self._matrix
-
-    def diagonal(self, chunk_size: int = 128) -> Tensor:
-        """Its diagonal."""
-        self._require_square("diagonal")
-        return self._matrix.diagonal()
-
-    @cached_property
-    def spectrum(self) -> Spectrum:
-        """Eigendecomposition of the symmetric part."""
-        return spectrum(self._matrix, self._matrix.new_zeros(len(self._matrix)))
-
-
-class FunctionOperator(LinearOperator):
-    """An operator from a function ``v -> A v``.
-
-    Args:
-        function: Takes a vector of shape (n,), returns one of shape (m,).
-        like: A vector of shape (n,) that gives length, dtype and device.
-        transpose: Takes a vector of shape (m,), returns ``A^T u`` of shape (n,); None if symmetric.
-        rows: ``m``; ``n`` when None.
-
-    Example:
-        >>> A = FunctionOperator(lambda v: 2 * v, torch.zeros(3))
-        >>> (A + 1.0) @ torch.ones(3)
-        tensor([3., 3., 3.])
-    """
-
-    def __init__(
-        self, function: Product, like: Tensor, *, transpose: Product | None = None, rows: int | None = None
-    ) -> None:
-        n = like.numel()
-        if transpose is None and rows not in (None, n):
-            raise ValueError(f"transpose must be given for {rows} rows and {n} columns, got None.")
-        super().__init__((n if rows is None else rows, n), like.dtype, like.device)
-        self.is_symmetric = transpose is None
-        self._function = function
-        self._transposed = function if transpose is None else transpose
-
-    def _matvec(self, v: Tensor) -> Tensor:
-        return self._function(v)
-
-    def _rmatvec(self, u: Tensor) -> Tensor:
-        return self._transposed(u)

@@ -184,8 +184,17 @@ def class_dim(outputs: Tensor) -> int:
 
 
 def count_samples(likelihood: str, outputs: Tensor) -> int:
-    """What a mean is taken over: samples, for "categorical" every position that has classes."""
+    """What a mean is taken over: samples, for "categorical" every position that has classes.
+
+    Raises:
+        ValueError: "categorical" outputs with fewer than two classes.
+    """
     if likelihood == "categorical":
+        if not outputs.ndim or outputs.shape[class_dim(outputs)] < 2:
+            raise ValueError(
+                "outputs must have two classes or more in dimension 1 for likelihood='categorical', got shape"
+                f" {tuple(outputs.shape)}; 'bernoulli' and 'normal' are for single outputs."
+            )
         return outputs.numel() // max(outputs.shape[class_dim(outputs)], 1)
     return outputs.shape[0] if outputs.ndim else 1
 

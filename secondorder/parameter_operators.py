@@ -56,16 +56,19 @@ class ParameterOperator(LinearOperator):
         """The product, in parts shaped like the parameters, with a leading dimension for a batch."""
 
     def restrict(self, indices: Iterable[int]) -> ParameterOperator:
-        """The diagonal block of some parameters, exactly: the operator on their flat vector alone.
+        """The diagonal block of the parameters at some positions, exactly: on their flat vector alone.
 
         Shares its graph with this one; a product costs less, for gradients end at these parameters.
 
         Raises:
             ValueError: ``indices`` is empty.
         """
-        kept = list(indices)
-        if not kept:
-            raise ValueError("indices must name at least one parameter, got none.")
+        kept = list(indices) if isinstance(indices, Iterable) else [indices]
+        count = len(self.parameters)
+        if not kept or not all(isinstance(i, int) and -count <= i < count for i in kept):
+            raise ValueError(
+                f"indices must be positions in parameters, integers below {count}, got {indices!r}."
+            )
         block = copy.copy(self)
         block._keep(kept)
         block.parameters = tuple(self.parameters[i] for i in kept)
@@ -309,7 +312,12 @@ def tried(operator: AnyOperator) -> AnyOperator:
 
 
 def check_parameters(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The parameters as a tuple; raises unless they share dtype and device and require gradients."""
+    """The parameters as a tuple; raises unless they are different tensors of one dtype and device.
+
+    And unless they require gradients.
+    """
+    if isinstance(parameters, Tensor):
+        raise TypeError("parameters must be an iterable of tensors, got one tensor; pass [parameter].")
     tensors = tuple(parameters)
     for index, parameter in enumerate(tensors):
         if not isinstance(parameter, Tensor):
@@ -318,6 +326,8 @@ def check_parameters(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
         raise ValueError("parameters must hold at least one tensor, got none.")
     first = tensors[0]
     for index, parameter in enumerate(tensors):
+        if any(parameter is other for other in tensors[:index]):
+            raise ValueError(f"parameters must hold each tensor once, got parameters[{index}] twice.")
         if not parameter.requires_grad:
             raise ValueError(f"parameters[{index}] must require gradients; call requires_grad_() on it.")
         if parameter.dtype != first.dtype or parameter.device != first.device:

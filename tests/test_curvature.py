@@ -124,8 +124,10 @@ def test_linear_loss_has_no_curvature():
     assert torch.equal(Hessian(w.sum(), [w]) @ torch.ones(2), torch.zeros(2))
     assert torch.equal(Hessian(w.sum(), [w]) @ torch.ones(2, 3), torch.zeros(2, 3))
     outputs = w.square()
-    assert torch.equal(GaussNewton(outputs.sum(), outputs, [w]) @ torch.ones(2), torch.zeros(2))
-    assert torch.equal(GaussNewton(outputs.sum(), outputs, [w]) @ torch.ones(2, 3), torch.zeros(2, 3))
+    with pytest.warns(UserWarning, match="Gauss-Newton matrix is zero"):
+        G = GaussNewton(outputs.sum(), outputs, [w])
+    assert torch.equal(G @ torch.ones(2), torch.zeros(2))
+    assert torch.equal(G @ torch.ones(2, 3), torch.zeros(2, 3))
 
 
 def test_parameters_may_be_a_generator(network_case):
@@ -204,7 +206,7 @@ def test_restriction_is_the_diagonal_block(network_case, make, keep_graph):
     torch.testing.assert_close(operator.dense(), dense)
     if isinstance(operator, Hessian):
         torch.testing.assert_close(part.gradient, operator.gradient[rows])
-    with pytest.raises(ValueError, match="at least one parameter, got none"):
+    with pytest.raises(ValueError, match="positions in parameters, integers below"):
         operator.restrict([])
 
 
@@ -408,3 +410,18 @@ def test_outputs_of_another_dtype():
         torch.testing.assert_close(dense, expected)
     G = GaussNewton(outputs.square().sum(), outputs, [w])
     torch.testing.assert_close(G.dense(), 2 * expected**2)
+
+
+def test_parameters_that_can_not_be_meant():
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match=r"got one tensor; pass \[parameter\]"):
+        Hessian(w.square().sum(), w)
+    with pytest.raises(ValueError, match=r"each tensor once, got parameters\[1\] twice"):
+        Hessian(w.square().sum(), [w, w])
+    with pytest.raises(ValueError, match="loss must depend on at least one of the parameters"):
+        Hessian(w.square().sum(), [torch.ones(3, requires_grad=True)])
+    H = Hessian(w.square().sum(), [w])
+    for bad in ([], [1], ["w"], [w], 3):
+        with pytest.raises(ValueError, match="indices must be positions in parameters, integers below 1"):
+            H.restrict(bad)
+    assert H.restrict(0).shape == (2, 2)

@@ -205,3 +205,26 @@ def test_a_hundred_systems_of_ten_thousand_unknowns_share_one_krylov_space():
     exact = cg(G, gradients[:, 0], rtol=1e-10).x
     for x in (together.x[:, 0], alone.x[:, 0]):
         assert (x - exact).norm() <= 1e-3 * exact.norm()
+
+
+def test_attention_needs_no_care_from_the_user():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval()
+    model = torch.nn.Sequential(layer, torch.nn.Flatten(), torch.nn.Linear(12, 2).double())
+    x, y = torch.randn(8, 3, 4, dtype=torch.float64), torch.randint(2, (8,))
+    for curvature in ("hessian", "gauss-newton"):
+        result = secondorder.influence(
+            model, F.cross_entropy, (x, y), (x[:1], y[:1]), damping=10.0, curvature=curvature
+        )
+        assert result.status == "converged"
+
+
+def test_mistakes_with_data_are_named():
+    model, x, y = torch.nn.Linear(3, 1), torch.randn(5, 3), torch.randn(5, 1)
+    run = partial(secondorder.influence, model, F.mse_loss)
+    with pytest.raises(TypeError, match="got a pair of ndarray and ndarray"):
+        run((x.numpy(), y.numpy()), (x, y))
+    with pytest.raises(ValueError, match=r"test must hold samples in its first dimension; add one"):
+        run((x, y), (x[0, 0], y[0, 0]))
+    with pytest.raises(ValueError, match="the loss over train must be finite"):
+        run((x * torch.nan, y), (x, y))

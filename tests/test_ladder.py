@@ -146,7 +146,9 @@ def test_operators_on_a_given_graph_say_what_to_do():
     loss = outputs.square().sum()
     for operator in (Hessian(loss, [x]), GaussNewton(loss, outputs, [x])):
         for vector in (V, V[:, None]):
-            with pytest.raises(RuntimeError, match=r"cdist_backward has no .* inside secondorder\.decompose"):
+            with pytest.raises(
+                RuntimeError, match=r"cdist_backward has no .* inside `with secondorder\.decompose"
+            ):
                 operator @ vector
     with decompose():
         operator = Hessian(distances(x).square().sum(), [x])

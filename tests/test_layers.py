@@ -24,6 +24,7 @@ ORDER = [
     "secondorder.products",
     "secondorder.solvers",
     "secondorder.operators",
+    "secondorder.matrix_operators",
     "secondorder.parameter_operators",
     "secondorder.curvature",
     "secondorder.fisher",

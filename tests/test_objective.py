@@ -113,6 +113,8 @@ def test_memory_is_that_of_one_batch():
     for samples in (64, 512):
         H = Objective(model, F.mse_loss, (x[:samples], y[:samples]), batch_size=32).hessian()
         v = torch.ones(H.shape[0])
+        # The first pass looks at the loss more closely.
+        H @ v
         peaks[samples] = peak_bytes(lambda H=H, v=v: H @ v)
     assert peaks[512] <= 1.05 * peaks[64]
 
@@ -263,9 +265,11 @@ def test_a_forward_pass_that_is_not_a_function_is_refused(model, message):
 def test_a_loss_that_depends_on_the_batch_is_refused():
     case = zoo.network("mlp_cross_entropy")
     weight = torch.tensor([1.0, 20.0, 0.1], dtype=DOUBLE)
-    weighted = nn.CrossEntropyLoss(weight=weight)
+    data = case.inputs, case.targets
     with pytest.raises(ValueError, match="halves give"):
-        Objective(case.model, weighted, (case.inputs, case.targets)).value()
+        Objective(case.model, lambda z, t: F.cross_entropy(z, t, weight=weight), data).value()
+    with pytest.raises(ValueError, match="CrossEntropyLoss with class weights"):
+        Objective(case.model, nn.CrossEntropyLoss(weight=weight), data)
     summed = nn.CrossEntropyLoss(weight=weight, reduction="sum")
     with pytest.raises(ValueError, match="'sum' and 'mean'"):
         Objective(case.model, summed, (case.inputs, case.targets))
@@ -277,7 +281,11 @@ BAD = {
     "iterator": (dict(data=iter([1])), TypeError, "list_iterator; it is walked"),
     "number": (dict(data=3), TypeError, "got int"),
     "triple": (dict(data=[(1, 2, 3)]), TypeError, "got a tuple of 3 as batch 0"),
-    "lengths": (dict(data=(torch.zeros(3, 4), torch.zeros(2, 3))), ValueError, r"\(3, 4\) and \(2, 3\)"),
+    "lengths": (
+        dict(data=(torch.zeros(3, 4), torch.zeros(2, 3))),
+        ValueError,
+        r"\(3, 4\) and targets .*\(2, 3\)",
+    ),
     "empty_list": (dict(data=[]), ValueError, "at least one sample"),
     "empty_tensors": (dict(data=(torch.zeros(0, 4), torch.zeros(0, 3))), ValueError, "at least one sample"),
     "drop_last": (
@@ -310,3 +318,52 @@ def test_progress_bar_names_the_pass(capsys):
     assert all(f"{name}:" in shown for name in ("value", "gradient", "hessian"))
     assert "batch" in shown
     assert repr(whole) == "Objective(Sequential, 37 parameters, l2=0.3, 'mean')"
+
+
+@pytest.mark.parametrize("ignored", [slice(0, 10), slice(90, 100)])
+def test_ignored_targets_are_noticed_wherever_they_are(ignored):
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(103, 6), torch.randint(3, (103,))
+    targets[ignored] = -100
+    whole = Objective(nn.Linear(6, 3), F.cross_entropy, (inputs, targets), batch_size=20)
+    with pytest.raises(ValueError, match="drop class weights and ignored targets"):
+        whole.value()
+
+
+def test_shapes_that_broadcast_are_shown():
+    data = torch.randn(30, 6), torch.randn(30)
+    warned = pytest.warns(UserWarning, match="different to the input size")
+    with warned, pytest.raises(ValueError, match=r"outputs \(30, 1\), targets \(30,\).*mind the shapes"):
+        Objective(nn.Linear(6, 1), F.mse_loss, data).value()
+
+
+def test_wrong_kinds_are_named():
+    data = torch.randn(6, 4), torch.randn(6, 3)
+    for model, kind in ((F.mse_loss, "function"), (nn.Linear, "the class Linear")):
+        with pytest.raises(TypeError, match=f"model must be a torch.nn.Module, got {kind}"):
+            Objective(model, F.mse_loss, data)
+    with pytest.raises(TypeError, match="loss must be a function or a loss module, got the class MSELoss"):
+        Objective(nn.Linear(4, 3), nn.MSELoss, data)
+    model = nn.Linear(4, 3)
+    with pytest.raises(TypeError, match="parameters must be an iterable of tensors, got one tensor"):
+        Objective(model, F.mse_loss, data, parameters=model.weight)
+
+
+def test_a_pair_of_several_inputs_is_cut_into_batches():
+    torch.manual_seed(0)
+    model = nn.Bilinear(2, 3, 1)
+    a, b, y = torch.randn(5, 2), torch.randn(5, 3), torch.randn(5, 1)
+    expected = F.mse_loss(model(a, b), y).detach()
+    for inputs in ((a, b), {"input1": a, "input2": b}):
+        value = Objective(model, F.mse_loss, (inputs, y), batch_size=2).value()
+        torch.testing.assert_close(value, expected)
+
+
+def test_log_probabilities_have_no_gauss_newton_matrix():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1))
+    whole = Objective(model, F.nll_loss, (torch.randn(6, 4), torch.randint(3, (6,))))
+    with pytest.warns(UserWarning, match="Gauss-Newton matrix is zero"):
+        whole.gauss_newton() @ torch.ones(15)
+    single = Objective(nn.Linear(4, 1), F.mse_loss, (torch.randn(6, 4), torch.randn(6, 1)))
+    with pytest.raises(ValueError, match=r"two classes or more in dimension 1 .* got shape \(6, 1\)"):
+        single.fisher() @ torch.ones(5)

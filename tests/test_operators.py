@@ -4,7 +4,17 @@ import scipy.sparse.linalg
 import torch
 import zoo
 
-from secondorder import FunctionOperator, LinearOperator, MatrixOperator
+from secondorder import (
+    FunctionOperator,
+    LinearOperator,
+    MatrixOperator,
+    block_cg,
+    cg,
+    cholesky,
+    direct,
+    minres,
+)
+from secondorder.functional import sparse_hessian
 
 
 @pytest.fixture
@@ -54,7 +64,7 @@ def test_bad_input(pair):
         operator @ [1.0]
     with pytest.raises(ValueError, match=r"one shape, got \(6, 6\) and \(2, 2\)"):
         operator + MatrixOperator(torch.eye(2))
-    with pytest.raises(ValueError, match=r"number or have shape \(6,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"number or a diagonal of shape \(6,\), got \(2,\)"):
         operator + torch.ones(2)
     with pytest.raises(ValueError, match=r"shape \(m, n\), got \(2,\)"):
         MatrixOperator(torch.ones(2))
@@ -158,3 +168,75 @@ def test_solve_dispatches(pair):
 
 def test_repr(pair):
     assert repr(pair[2]) == "MatrixOperator(shape=(6, 6), dtype=torch.float64, device=cpu)"
+
+
+def test_products_that_mirror_are_symmetric():
+    J = MatrixOperator(zoo.vector(12, 1).view(4, 3))
+    D = MatrixOperator(torch.diag(zoo.vector(4, 2)))
+    skew = MatrixOperator(zoo.vector(16, 3).view(4, 4))
+    assert (J.T @ J).is_symmetric
+    assert (J.T @ D @ J).is_symmetric
+    assert (J.T @ (D @ J)).is_symmetric
+    assert not (J.T @ skew @ J).is_symmetric
+    dense = J.dense().T @ D.dense() @ J.dense()
+    torch.testing.assert_close((J.T @ D @ J).dense(), dense)
+
+
+def test_repr_shows_what_it_is_made_of():
+    A = MatrixOperator(torch.eye(2))
+    assert repr(A) == "MatrixOperator(shape=(2, 2), dtype=torch.float32, device=cpu)"
+    assert "LinearOperator(2 * (MatrixOperator + 0.1), shape=(2, 2)" in repr(2 * (A + 0.1))
+    J = MatrixOperator(torch.ones(3, 2))
+    assert "MatrixOperator.T @ MatrixOperator + diagonal" in repr(J.T @ J + torch.ones(2))
+
+
+def test_sparse_matrices():
+    x = zoo.vector(20, 1)
+    S = sparse_hessian(lambda x: (x[1:] * x[:-1]).sum() + 3 * x.pow(2).sum(), x)
+    b, dense = zoo.vector(20, 2), S.to_dense()
+    expected = torch.linalg.solve(dense, b)
+    for solve in (cg, minres, direct, cholesky):
+        torch.testing.assert_close(solve(S, b).x, expected, rtol=1e-3, atol=1e-4)
+    A = MatrixOperator(S)
+    assert A.is_symmetric
+    torch.testing.assert_close(A.diagonal(), dense.diagonal())
+    torch.testing.assert_close(A.solve(b).x, expected)
+    with pytest.raises(ValueError, match="A must be symmetric"):
+        cg(torch.triu(dense).to_sparse(), b)
+
+
+def test_another_dtype():
+    A = MatrixOperator(torch.tensor([[2.0, 1.0], [0.0, 3.0]])).to(torch.float64)
+    assert (A @ torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+    assert (A.T @ torch.ones(2, dtype=torch.float64)).tolist() == [2.0, 4.0]
+    assert A.dense().dtype == torch.float64
+
+
+def test_mistakes_are_named():
+    b = zoo.vector(3, 1)
+    A = MatrixOperator(torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"function must return a tensor of shape \(3,\), .* got \(2,\)"):
+        FunctionOperator(lambda v: v[:2], b) @ b
+    with pytest.raises(ValueError, match="torch.float64, got .* torch.float32"):
+        FunctionOperator(lambda v: v.float(), b) @ b
+    with pytest.raises(TypeError, match=r"like must be a vector such as torch.zeros\(n\), got int"):
+        FunctionOperator(lambda v: v, 3)
+    with pytest.raises(TypeError, match="matrix must have a floating-point dtype, got torch.int64"):
+        MatrixOperator(torch.eye(3, dtype=torch.long))
+    for solve in (cg, minres, lambda A, b, M: block_cg(A, b[:, None], M=M)):
+        with pytest.raises(TypeError, match="M must support M @ r, got function"):
+            solve(A, b, M=lambda r: r)
+        with pytest.raises(ValueError, match=r"M must have shape \(3, 3\), got \(3,\); use diagonal_prec"):
+            solve(A, b, M=torch.ones(3))
+        with pytest.raises(ValueError, match=r"M must have shape \(3, 3\), got \(2, 2\)"):
+            solve(A, b, M=torch.eye(2))
+    for solve in (cholesky, direct, LinearOperator.solve):
+        with pytest.raises(ValueError, match="damping must be non-negative, got -1"):
+            solve(A, b, damping=-1)
+    with pytest.raises(TypeError, match="max_iter must be an integer, got 1.5"):
+        cg(A, b, max_iter=1.5)
+    with pytest.raises(ValueError, match="shift must be finite, got nan"):
+        A + float("nan")
+    with pytest.raises(ValueError, match="wrap a matrix in MatrixOperator"):
+        A + torch.eye(3)
+    assert not cg(A, b.clone().requires_grad_()).x.requires_grad

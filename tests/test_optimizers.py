@@ -593,3 +593,17 @@ def test_operations_without_a_second_derivative_are_trained_through(operation):
         loss = optimizer.step(closure)
         assert optimizer.report.accepted
         assert optimizer.report.new_loss < loss
+
+
+def test_outputs_that_the_loss_is_linear_in_are_not_taken_for_a_model():
+    """Log-probabilities: their Gauss-Newton matrix is zero."""
+    case = zoo.network("mlp_cross_entropy")
+    optimizer = optim.GaussNewton(case.model.parameters())
+
+    def closure():
+        log_probabilities = case.outputs().log_softmax(1)
+        return F.nll_loss(log_probabilities, case.targets), log_probabilities
+
+    with pytest.warns(UserWarning, match=r"linear in the outputs that were returned .* The exact Hessian"):
+        optimizer.step(closure)
+    assert optimizer.report.curvature.startswith("hessian (")

@@ -38,6 +38,8 @@ def module_function(
     """
     if len(batch) < 2:
         raise ValueError(f"batch must hold inputs and targets, got {len(batch)} of them.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("model must have a parameter that requires gradients, got none.")

@@ -95,6 +95,12 @@ def looks_symmetric(matrix: Tensor) -> bool:
         return False
     if not matrix.numel():
         return True
+    if matrix.layout is not torch.strided:
+        matrix = matrix.to_sparse_coo()
+        entries = [(matrix - matrix.T).coalesce().values(), matrix.coalesce().values()]
+        sizes = [e.abs().max() if e.numel() else matrix.new_zeros((), layout=torch.strided) for e in entries]
+        difference, largest = torch.stack(sizes).tolist()
+        return not difference > torch.finfo(matrix.dtype).eps ** 0.5 * largest
     difference, largest = torch.stack([(matrix - matrix.T).abs().max(), matrix.abs().max()]).tolist()
     return not difference > torch.finfo(matrix.dtype).eps ** 0.5 * largest
 
@@ -111,6 +117,26 @@ def check_limits(rtol: float, atol: float, max_iter: int | None) -> None:
     for name, value in (("rtol", rtol), ("atol", atol), ("max_iter", max_iter)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name} must be non-negative, got {value}.")
+    if max_iter is not None and not isinstance(max_iter, int):
+        raise TypeError(f"max_iter must be an integer, got {max_iter!r}.")
+
+
+def check_damping(damping: float) -> None:
+    """Raise unless ``damping`` is a number that is not negative."""
+    if not damping >= 0:
+        raise ValueError(f"damping must be non-negative, got {damping}.")
+
+
+def check_preconditioner(M: Any, b: Tensor) -> None:
+    """Raise unless ``M`` is None or has products with vectors like the columns of ``b``."""
+    if M is None:
+        return
+    n, shape = b.shape[0], getattr(M, "shape", None)
+    if not callable(getattr(M, "__matmul__", None)):
+        raise TypeError(f"M must support M @ r, got {type(M).__name__}; wrap a function in FunctionOperator.")
+    if shape is not None and tuple(shape) != (n, n):
+        hint = "; use diagonal_preconditioner" if len(shape) == 1 else ""
+        raise ValueError(f"M must have shape ({n}, {n}), got {tuple(shape)}{hint}.")
 
 
 def check_radius(radius: float) -> None:
@@ -122,7 +148,7 @@ def check_radius(radius: float) -> None:
 def dense(A: Any, like: Tensor) -> Tensor:
     """``A`` as a symmetrised dense matrix, shape (n, n)."""
     if isinstance(A, Tensor):
-        matrix = A
+        matrix = A if A.layout is torch.strided else A.to_dense()
     elif hasattr(A, "dense"):
         matrix = A.dense()
     else:

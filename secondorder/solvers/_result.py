@@ -90,6 +90,7 @@ def by_columns(solve: F) -> F:
     @wraps(solve)
     def solve_any(A: Any, b: Tensor, *args: Any, **options: Any) -> SolveResult:
         check_right_hand_side(b)
+        b = b.detach()
         if b.ndim == 1:
             result: SolveResult = solve(A, b, *args, **options)
             return result

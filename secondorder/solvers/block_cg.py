@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_limits, check_start, check_system
+from secondorder.solvers._checks import check_limits, check_preconditioner, check_start, check_system
 from secondorder.solvers._result import SolveResult, of_columns
 
 
@@ -64,6 +64,8 @@ def block_cg(
     if X0 is not None:
         check_start(X0, B, B.shape[0])
     check_limits(rtol, atol, max_iter)
+    check_preconditioner(M, B)
+    B = B.detach()
     limit = 10 * B.shape[0] if max_iter is None else max_iter
     run = _Block(A, B, X0, M, rtol, atol)
     while True:

@@ -12,7 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from secondorder.solvers._checks import check_limits, check_radius, check_start, check_system
+from secondorder.solvers._checks import (
+    check_limits,
+    check_preconditioner,
+    check_radius,
+    check_start,
+    check_system,
+)
 from secondorder.solvers._directions import CGState, ConjugateDirections
 from secondorder.solvers._result import SolveResult, by_columns
 
@@ -76,6 +82,7 @@ def cg(
     check_system(A, b)
     check_start(x0, b, b.shape[0])
     check_limits(rtol, atol, max_iter)
+    check_preconditioner(M, b)
     _check_radius(radius, x0, M)
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_system, dense
+from secondorder.solvers._checks import check_damping, check_system, dense
 from secondorder.solvers._result import SolveResult, by_columns
 
 # Nocedal and Wright take 1e-3 for matrices of size one; here it is relative to the Frobenius norm.
@@ -35,7 +35,7 @@ def cholesky(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
-        ValueError: shapes do not fit; ``A`` holds NaN or infinity.
+        ValueError: shapes do not fit; ``A`` holds NaN or infinity; ``damping`` is negative.
 
     Cost: ``n`` products unless ``A`` is a matrix, and ``n^3 / 3`` operations.
 
@@ -43,6 +43,7 @@ def cholesky(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
         >>> cholesky(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.ones(2)).x
         tensor([0.5000, 0.2500])
     """
+    check_damping(damping)
     matrix, products = _matrix(A, b)
     shifted = _shifted(matrix, damping)
     factor, direction, status = _factor(shifted)
@@ -68,7 +69,7 @@ def modified_cholesky(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
-        ValueError: shapes do not fit; ``A`` holds NaN or infinity.
+        ValueError: shapes do not fit; ``A`` holds NaN or infinity; ``damping`` is negative.
 
     Cost: ``n`` products unless ``A`` is a matrix, and ``n^3 / 3`` operations for each trial.
 
@@ -77,6 +78,7 @@ def modified_cholesky(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult
         >>> result.status, bool(result.shift > 1)
         ('negative_curvature', True)
     """
+    check_damping(damping)
     matrix, products = _matrix(A, b)
     damped = _shifted(matrix, damping)
     factor, direction, status = _factor(damped)

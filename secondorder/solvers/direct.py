@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_system, dense
+from secondorder.solvers._checks import check_damping, check_system, dense
 from secondorder.solvers._result import SolveResult, by_columns
 
 
@@ -94,7 +94,7 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
-        ValueError: shapes do not fit; ``A`` holds NaN or infinity.
+        ValueError: shapes do not fit; ``A`` holds NaN or infinity; ``damping`` is negative.
 
     Cost: that of ``spectrum``, or ``6 n^2`` operations when ``A`` is one.
 
@@ -103,6 +103,7 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
         >>> result.x, result.status
         (tensor([2.0000, 1.0000]), 'negative_curvature')
     """
+    check_damping(damping)
     eigen, products = eigen_of(A, b)
     return _solve(eigen, b, damping)._replace(products=products)
 

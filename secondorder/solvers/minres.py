@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_limits, check_start, check_system
+from secondorder.solvers._checks import check_limits, check_preconditioner, check_start, check_system
 from secondorder.solvers._result import SolveResult, by_columns
 
 # The true residual is computed after so many iterations first, then after twice as many each time.
@@ -73,6 +73,7 @@ def minres(
     check_system(A, b)
     check_start(x0, b, b.shape[0])
     check_limits(rtol, atol, max_iter)
+    check_preconditioner(M, b)
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)
     run = _Recurrence(A, b, x0, M)
