@@ -25,7 +25,10 @@ OPTIMIZERS = {
     "hessian-free": optim.HessianFree,
     "gauss-newton": optim.GaussNewton,
     "newton": optim.Newton,
-    "lbfgs": lambda parameters: torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe"),
+    # Its default tolerances would stop it at a loss of 1e-7.
+    "lbfgs": lambda parameters: torch.optim.LBFGS(
+        parameters, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0
+    ),
     "adam 1e-3": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
     "adam 3e-3": lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
     "adam 1e-2": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
@@ -78,7 +81,8 @@ def train(name, model, images, labels, seconds):
         return loss
 
     curve, elapsed, start = [], 0.0, time.perf_counter()
-    with tqdm(total=seconds, bar_format="{percentage:3.0f}%|{bar:20}| {desc}") as bar:
+    # No bar where there is no terminal.
+    with tqdm(total=seconds, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", disable=None) as bar:
         while elapsed < seconds:
             work = gradients
             loss = float(optimizer.step(closure).detach())
@@ -96,7 +100,7 @@ def train(name, model, images, labels, seconds):
 
 
 def show(bar, elapsed, text, report):
-    if elapsed - bar.n < 0.1 and elapsed < bar.total:
+    if bar.disable or (elapsed - bar.n < 0.1 and elapsed < bar.total):
         return
     if report is not None:
         size = f"damping {report.damping:.1e}" if report.damping else f"radius {report.radius:.1e}"
@@ -149,6 +153,7 @@ def plot(runs, path):
         axis.set(xlabel=label, yscale="log", ylim=(FLOOR / 2, None))
         axis.grid(alpha=0.3)
     axes[1].set_xscale("symlog", linthresh=10)
+    axes[1].set_xlim(left=0)
     axes[0].set_ylabel("train loss (mean cross-entropy)")
     axes[1].legend(loc="lower left", framealpha=0.9)
     figure.suptitle("Digits, 64-32-32-10 tanh network, full batch")
