@@ -104,8 +104,18 @@ def penalty(case):
 
 
 NOT_COVERED = {
-    "explicit_l2": (lambda c: c.value() + penalty(c), "also enter the objective"),
-    "unknown_loss": (lambda c: c.outputs().square().sum(), "no known loss"),
+    "penalty_of_another_kind": (
+        lambda c: c.value() + sum(p.abs().sum() for p in c.model.parameters()),
+        "also enter the objective",
+    ),
+    "unknown_loss": (lambda c: c.outputs().cosh().sum(), "no known loss"),
+    "root_of_squares": (lambda c: c.outputs().square().sum().sqrt(), "does not depend on a known loss"),
+    "negative_squares": (lambda c: -c.outputs().square().sum(), "does not depend on a known loss"),
+    "squares_inside": (lambda c: c.outputs().square().tanh().sum(), "does not depend on a known loss"),
+    "hand_written_with_a_linear_part": (
+        lambda c: (c.outputs().logsumexp(1) - c.outputs()[:, 0]).mean(),
+        "no known loss",
+    ),
     "not_linear": (lambda c: c.value().exp(), "not linear"),
     "negative": (lambda c: -c.value(), "negative weight"),
     "unused": (lambda c: c.outputs().cosh().sum() + 0 * c.value().item(), "does not depend"),
@@ -120,6 +130,80 @@ def test_what_is_not_covered_is_not_called_gauss_newton(name):
     coverage = evaluator(case, lambda: objective(case)).record().coverage
     assert coverage.blocks == ()
     assert reason in coverage.description
+
+
+HAND_WRITTEN = {
+    "squares": (lambda z, t: ((z - t) ** 2).mean(), "values"),
+    "square": (lambda z, t: (z - t).square().sum(), "values"),
+    "product": (lambda z, t: (lambda r: r * r)(z - t).sum(1).mean(), "values"),
+    "dot": (lambda z, t: (lambda r: torch.dot(r, r))((z - t).reshape(-1)), "values"),
+    "pow": (lambda z, t: torch.pow(z - t, 2).mean() / 2, "values"),
+    "cross_entropy": (lambda z, t: -z.log_softmax(1)[torch.arange(9), t].mean(), "classes"),
+    "soft_targets": (lambda z, t: -(t.softmax(1) * F.log_softmax(z, dim=1)).sum(1).mean(), "values3"),
+    "bernoulli": (lambda z, t: -(t * F.logsigmoid(z) + (1 - t) * F.logsigmoid(-z)).mean(), "binary"),
+}
+
+
+@pytest.mark.parametrize("name", HAND_WRITTEN)
+def test_hand_written_losses(name):
+    loss, kind = HAND_WRITTEN[name]
+    case = case_with(loss, kind)
+    evaluation = evaluator(case, closures(case)["backward"]).record()
+    assert evaluation.coverage.blocks, evaluation.coverage.description
+    dense = GaussNewton.of_blocks(evaluation.coverage.blocks, list(case.model.parameters())).dense()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
+
+
+def test_explicit_l2_is_a_residual_too():
+    case = zoo.network("mlp_cross_entropy")
+    evaluation = evaluator(case, lambda: case.value() + 0.05 * penalty(case)).record()
+    dense = GaussNewton.of_blocks(evaluation.coverage.blocks, list(case.model.parameters())).dense()
+    expected = oracles.dense_gauss_newton(case) + 0.1 * torch.eye(len(dense), dtype=dense.dtype)
+    torch.testing.assert_close(dense, expected, **TOLERANCE)
+
+
+def test_squares_inside_a_network_are_not_losses():
+    """A norm layer written by hand, and an activation that is a square."""
+    case = zoo.network("mlp_mse")
+    base = case.model
+
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            z = self.base(x).square()
+            return z / (z.pow(2).mean(1, keepdim=True) + 1).sqrt()
+
+    case = case._replace(model=Normed())
+    blocks = evaluator(case, case.value).record().coverage.blocks
+    assert len(blocks) == 1
+    dense = GaussNewton.of_blocks(blocks, list(case.model.parameters())).dense()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
+
+
+def test_a_physics_informed_closure_is_least_squares():
+    """Residuals of a differential equation, whose closure differentiates with respect to inputs."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1)).double()
+    parameters = list(model.parameters())
+    x = torch.linspace(0, 1, 7, dtype=torch.float64).unsqueeze(1)
+
+    def residuals(*values):
+        names = [name for name, _ in model.named_parameters()]
+        point = x.clone().requires_grad_()
+        u = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (point,))
+        (slope,) = torch.autograd.grad(u.sum(), point, create_graph=True)
+        return torch.cat([(slope + u - 1).reshape(-1), u[0]])
+
+    def closure():
+        return (residuals(*parameters) ** 2).mean()
+
+    blocks = ClosureEvaluator(closure, parameters).record().coverage.blocks
+    dense = GaussNewton.of_blocks(blocks, parameters).dense()
+    J = oracles.dense_jacobian(residuals, parameters)
+    torch.testing.assert_close(dense, 2 / len(J) * J.T @ J, **TOLERANCE)
 
 
 def test_several_backward_calls_add_up():
@@ -340,8 +424,8 @@ def hidden_paths(case):
     z, t = case.outputs(), case.targets
     w = case.model[0].weight
     return {
-        "penalty_on_outputs": F.cross_entropy(z, t) + 0.5 * z.square().mean(),
-        "logsumexp": F.cross_entropy(z, t) + z.logsumexp(1).square().mean(),
+        "penalty_on_outputs": F.cross_entropy(z, t) + 0.5 * z.cosh().mean(),
+        "logsumexp": F.cross_entropy(z, t) + z.logsumexp(1).mean(),
         "loss_between_outputs": F.cross_entropy(z, t) + F.mse_loss(z[:3], z[3:6]),
         "loss_of_a_parameter": F.cross_entropy(z, t) + F.mse_loss(w, 0 * w.detach()) + 5 * (w**4).sum(),
         "soft_target_of_itself": F.cross_entropy(z, z.softmax(1)),
@@ -363,6 +447,23 @@ HIDDEN = [
 def test_a_part_is_not_taken_for_the_whole(name):
     case = zoo.network("mlp_cross_entropy")
     assert evaluator(case, lambda: hidden_paths(case)[name]).record().coverage.blocks == ()
+
+
+def test_squares_beside_a_loss_are_part_of_the_matrix():
+    """A penalty on the logits, and the z-loss of language models."""
+    case = zoo.network("mlp_cross_entropy")
+    parameters = list(case.model.parameters())
+
+    def matrix(penalty):
+        closure = lambda: case.value() + penalty(case.outputs())  # noqa: E731
+        return GaussNewton.of_blocks(evaluator(case, closure).record().coverage.blocks, parameters).dense()
+
+    plain = oracles.dense_gauss_newton(case)
+    J = oracles.dense_jacobian(case.outputs_of, parameters)
+    torch.testing.assert_close(matrix(lambda z: z.square().mean()), plain + 2 / len(J) * J.T @ J, **TOLERANCE)
+    J = oracles.dense_jacobian(lambda *values: case.outputs_of(*values).logsumexp(1), parameters)
+    got = matrix(lambda z: z.logsumexp(1).square().mean())
+    torch.testing.assert_close(got, plain + 2 / len(J) * J.T @ J, **TOLERANCE)
 
 
 def test_two_losses_of_the_same_outputs():

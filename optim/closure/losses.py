@@ -3,7 +3,8 @@
 While a closure runs in record mode every call passes here. A known loss is kept with its outputs, and
 ``log_softmax`` followed by ``nll_loss``, or ``sigmoid`` followed by ``binary_cross_entropy``, is seen as
 one loss of the logits: as a loss of the log-probabilities it would be linear, and the Gauss-Newton matrix
-silently zero.
+silently zero. Squares, ``log_softmax`` and ``logsigmoid`` of which a loss is written by hand are losses
+too, where the objective is linear in them.
 """
 
 from __future__ import annotations
@@ -50,13 +51,38 @@ _WEIGHTS = ("weight", "pos_weight")
 _SIGNATURES = {func: inspect.signature(func) for func in (*_CONVEX, *_FUSED)}
 
 
+# Each round looks one layer of elementary functions deeper into the network, for a backward pass.
+MAX_ROUNDS = 3
+
+# Elementary functions of which hand-written losses are made, and the sign with which they are convex.
+_ELEMENTARY: dict[Callable[..., Any], tuple[str, int]] = {
+    torch.square: ("squares", 1),
+    Tensor.square: ("squares", 1),
+    F.logsigmoid: ("logsigmoid", -1),
+    F.log_softmax: ("log_softmax", -1),
+    torch.log_softmax: ("log_softmax", -1),
+    Tensor.log_softmax: ("log_softmax", -1),
+}
+# Squares where both operands are one tensor, or the second is 2.
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, torch.dot, Tensor.dot, torch.inner, Tensor.inner}
+_POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
+
+
 class RecordedLoss(NamedTuple):
-    """A call of a known loss: its name, its value, and the outputs it is convex in with their version."""
+    """A call of a known loss: its name, its value, and the outputs it is convex in with their version.
+
+    Attributes:
+        sign: -1 for a function that is concave.
+        is_elementary: A part of a hand-written loss. It may also be a part of the network, and counts as a
+            loss only where the objective is linear in it, with weights of its sign.
+    """
 
     name: str
     loss: Tensor
     outputs: Tensor
     version: int
+    sign: int = 1
+    is_elementary: bool = False
 
 
 class LossLog:
@@ -69,14 +95,20 @@ class LossLog:
 
     def see(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
         """Note a call if it is one that matters; returns what the closure should see as its result."""
-        if not (func in _CONVEX or func in _FUSED or func in _SQUASHING):
+        elementary = _elementary(func, args, kwargs)
+        if not (func in _CONVEX or func in _FUSED or func in _SQUASHING or elementary):
             return result
         argument = args[0] if args else kwargs.get("input")
         if not (isinstance(result, Tensor) and result.requires_grad and isinstance(argument, Tensor)):
             return result
         if func in _SQUASHING:
             self._squashed[id(result)] = (_SQUASHING[func], result, argument)
-            return result
+        if elementary:
+            name, sign = elementary
+            self.losses.append(RecordedLoss(name, result, argument, argument._version, sign, True))
+        if func in _SQUASHING or elementary:
+            # A number may be added to in place, which must not change what was noted.
+            return result if result.ndim else result.clone()
         if func in _CONVEX:
             name, outputs = _CONVEX[func], argument
         else:
@@ -90,6 +122,18 @@ class LossLog:
         self.losses.append(RecordedLoss(name, result, outputs, outputs._version))
         # A copy, so that `loss += penalty` in the closure does not change what was noted.
         return result.clone()
+
+
+def _elementary(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[str, int] | None:
+    """Name and sign of an elementary convex or concave function, or None for another call."""
+    if func in _ELEMENTARY:
+        return _ELEMENTARY[func]
+    is_square = func in _PRODUCTS and len(args) == 2 and args[0] is args[1]
+    exponent = args[1] if len(args) == 2 else kwargs.get("exponent")
+    is_power = func in _POWERS and isinstance(exponent, int | float) and exponent == 2
+    return ("squares", 1) if is_square or is_power else None
 
 
 def _is_convex(arguments: dict[str, Any]) -> bool:
@@ -124,19 +168,21 @@ def cover(
 
     The weight of a loss is the derivative of the objective with respect to it. The proof: no parameter is
     reached from the roots without passing a loss, nor from a loss without passing its outputs, and the
-    objective is linear in the losses with weights that are not negative.
+    objective is linear in the losses with weights that are not negative. Losses are those that are met first
+    on the way from the roots; elementary functions in which the objective is not linear are no losses.
     """
     live = [recorded for recorded in losses if recorded.outputs.requires_grad]
     if not live:
         return Coverage((), "no known loss was called")
-    weights = torch.autograd.grad(
-        roots,
-        [recorded.loss for recorded in live],
-        root_gradients,
-        create_graph=True,
-        allow_unused=True,
-    )
-    used = [(r, w) for r, w in zip(live, weights, strict=True) if w is not None]
+    for _ in range(MAX_ROUNDS):
+        used = _weighted(roots, root_gradients, _met_first(roots, live))
+        inner = [r for r, w in used if r.is_elementary and not _has_fitting_weight(r, w)]
+        if not inner:
+            break
+        live = [recorded for recorded in live if all(recorded is not other for other in inner)]
+    else:
+        live = [recorded for recorded in live if not recorded.is_elementary]
+        used = _weighted(roots, root_gradients, live)
     if not used:
         return Coverage((), "the objective does not depend on a known loss")
     missed = reached(roots, [recorded.loss for recorded, _ in used], parameters)
@@ -148,10 +194,44 @@ def cover(
         return Coverage((), "the objective is not linear in the known losses")
     if any(recorded.outputs._version != recorded.version for recorded, _ in used):
         return Coverage((), "the outputs were changed in place after the loss was computed")
-    if not all(bool((weight >= 0).all()) for _, weight in used):
+    if not all(_has_fitting_weight(recorded, weight) for recorded, weight in used):
         return Coverage((), "a known loss enters the objective with a negative weight")
     names = dict.fromkeys(recorded.name for recorded, _ in used)
     return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names))
+
+
+def _met_first(roots: Sequence[Tensor], losses: Sequence[RecordedLoss]) -> list[RecordedLoss]:
+    """The losses that the graph of the roots reaches without passing another."""
+    edges = {_edge(recorded.loss): index for index, recorded in enumerate(losses)}
+    stack = [_edge(root) for root in roots]
+    seen, met = set(stack), set()
+    while stack:
+        edge = stack.pop()
+        if edge in edges:
+            met.add(edges[edge])
+            continue
+        for following in edge[0].next_functions:
+            if following[0] is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return [losses[index] for index in sorted(met)]
+
+
+def _weighted(
+    roots: Sequence[Tensor], root_gradients: Sequence[Tensor], losses: Sequence[RecordedLoss]
+) -> list[tuple[RecordedLoss, Tensor]]:
+    """The losses that the objective depends on, each with the derivative with respect to it."""
+    if not losses:
+        return []
+    weights = torch.autograd.grad(
+        roots, [r.loss for r in losses], root_gradients, create_graph=True, allow_unused=True
+    )
+    return [(r, w) for r, w in zip(losses, weights, strict=True) if w is not None]
+
+
+def _has_fitting_weight(recorded: RecordedLoss, weight: Tensor) -> bool:
+    """Whether the loss enters linearly, and convex."""
+    return not (recorded.is_elementary and weight.requires_grad) and bool((recorded.sign * weight >= 0).all())
 
 
 def explicit(objective: Tensor, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Coverage:
