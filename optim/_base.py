@@ -167,7 +167,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         model = _model(evaluation, operator, decay)
         operator, outcome = model.curvature, self._nothing_to_do(model)
         if outcome is None and self._is_direct(operator):
-            operator = MatrixOperator(operator.dense())
+            operator = MatrixOperator(operator.dense(), is_symmetric=True)
             counter.add_products(operator.shape[0])
             if not bool(operator.dense().isfinite().all()):
                 outcome = _Outcome("non_finite")

@@ -218,6 +218,7 @@ def grad(
     is_grads_batched: bool = False,
 ) -> MaybeTensors:
     """``torch.autograd.grad`` that skips outputs without a graph; None where there is no path."""
+    refuse_inference_mode()
     given: Sequence[Tensor | None] = (None,) * len(outputs) if grad_outputs is None else grad_outputs
     pairs = [(out, v) for out, v in zip(outputs, given, strict=True) if out is not None and out.requires_grad]
     if not pairs:
@@ -253,6 +254,12 @@ def give_back(tensors: Tensors, is_tuple: bool, create_graph: bool) -> Any:
     """Results in the user's structure; detached unless a graph was asked for."""
     results = tensors if create_graph else tuple(tensor.detach() for tensor in tensors)
     return results if is_tuple else results[0]
+
+
+def refuse_inference_mode() -> None:
+    """Raise RuntimeError inside ``torch.inference_mode``, where all derivatives would be zero."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("derivatives need gradients, which torch.inference_mode() turns off; leave it.")
 
 
 def check_chunk_size(chunk_size: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from secondorder._arguments import refuse_inference_mode
 from secondorder.ladder import explained
 
 # Here the graph is all there is: the function behind it can not be run again.
@@ -18,6 +19,7 @@ _REMEDY = (
 
 def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
     """``v^T d outputs / d inputs``; zeros where there is no path. The graph is kept."""
+    refuse_inference_mode()
     with explained(_REMEDY):
         grads = torch.autograd.grad(
             outputs, inputs, v, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -27,6 +29,7 @@ def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor
 
 def pull_rows(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
     """As ``pull`` for a batch: a leading dimension on every ``v`` and on every result."""
+    refuse_inference_mode()
     with explained(_REMEDY):
         grads = torch.autograd.grad(
             outputs, inputs, v, retain_graph=True, allow_unused=True, is_grads_batched=True

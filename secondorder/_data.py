@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -18,8 +21,8 @@ Batch = tuple[Any, Any]
 class Batches:
     """Pairs ``(inputs, targets)`` on one device, in the same order in every pass.
 
-    A pass starts from the random state at construction, so that shuffling and augmentation repeat
-    themselves, and leaves that of the caller as it was.
+    A pass starts from the random state at construction (torch's, NumPy's, Python's and the loader's), so that
+    shuffling and augmentation repeat themselves, and leaves that of the caller as it was.
 
     Args:
         data: A pair (inputs, targets) of a tensor, or a tuple or dict of tensors, and a tensor; a Dataset of
@@ -33,8 +36,7 @@ class Batches:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
         self._device = device
         self._source = _source(data, batch_size)
-        self._random = RandomState()
-        self._random.save()
+        self._random = _Randomness(self._source)
 
     def walk(self, description: str | None = None) -> Iterator[Batch]:
         """One pass; with a description, under a progress bar."""
@@ -48,6 +50,40 @@ class Batches:
                         f" {index}."
                     )
                 yield _moved(batch[0], self._device), _moved(batch[1], self._device)
+
+
+class _Randomness:
+    """All that loading may draw from, as it was at construction."""
+
+    def __init__(self, source: Any) -> None:
+        samplers = [getattr(source, "sampler", None), getattr(source, "batch_sampler", None)]
+        samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
+        found = (getattr(owner, "generator", None) for owner in (source, *samplers))
+        self._generators = list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        self._torch = RandomState()
+        self._torch.save()
+        self._others = self._read()
+
+    def _read(self) -> tuple[Any, ...]:
+        states = [generator.get_state() for generator in self._generators]
+        return states, random.getstate(), np.random.get_state()  # noqa: NPY002 - what augmentations draw from
+
+    def _write(self, others: tuple[Any, ...]) -> None:
+        for generator, state in zip(self._generators, others[0], strict=True):
+            generator.set_state(state)
+        random.setstate(others[1])
+        np.random.set_state(others[2])  # noqa: NPY002
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Start from there; afterwards the present states are back."""
+        present = self._read()
+        try:
+            self._write(self._others)
+            with self._torch.replayed():
+                yield
+        finally:
+            self._write(present)
 
 
 def _source(data: Any, batch_size: int) -> Iterable[Any]:
@@ -64,7 +100,7 @@ def _source(data: Any, batch_size: int) -> Iterable[Any]:
         cuts = [slice(start, start + batch_size) for start in range(0, size, batch_size)]
         source: Any = [(_cut(inputs, cut), targets[cut]) for cut in cuts]
     elif isinstance(data, DataLoader):
-        if data.drop_last:
+        if data.drop_last or getattr(data.batch_sampler, "drop_last", False):
             raise ValueError("data must not leave samples out, got a DataLoader with drop_last=True.")
         return data
     elif isinstance(data, Dataset):

@@ -118,6 +118,7 @@ class Hessian(ParameterOperator):
         return ladder.climb(build)
 
     def _differentiate(self) -> Sequence[Tensor | None]:
+        _arguments.refuse_inference_mode()
         grads = torch.autograd.grad(
             self._loss, self.parameters, torch.ones_like(self._loss), create_graph=True, allow_unused=True
         )

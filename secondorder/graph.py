@@ -73,12 +73,27 @@ class WrongDerivativeError(RuntimeError):
 
 def refuse_wrong(value: Tensor) -> None:
     """Raise WrongDerivativeError where the graph of ``value`` holds a node that is known to be wrong."""
+    refuse_once_differentiable((value,))
     for node in nodes((value,)):
         name = _WRONG.get(node.name())
         if name is not None:
             raise WrongDerivativeError(
                 f"the second derivative of {name} is wrong in torch; compute the loss inside"
                 " secondorder.decompose.decompose()."
+            )
+
+
+_ONCE = torch.autograd.function.once_differentiable(lambda _: None).__code__
+
+
+def refuse_once_differentiable(tensors: Iterable[Tensor | None]) -> None:
+    """Raise WrongDerivativeError where a custom Function hides its second derivative: it would be zero."""
+    for node in nodes(tensors):
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
+            raise WrongDerivativeError(
+                f"{function.__name__} is once_differentiable and has no second derivative; write its backward"
+                " with differentiable operations, without once_differentiable."
             )
 
 

@@ -116,7 +116,7 @@ def influence(
     operator = operator + (l2 + damping)
     n = operator.shape[0]
     if solver == "direct" or (solver == "auto" and n <= DIRECT_LIMIT):
-        operator = MatrixOperator(operator.dense())
+        operator = MatrixOperator(operator.dense(), is_symmetric=True)
     test_gradients = torch.cat(list(_sample_gradients(model, loss, test, parameters)))
     solved = _solve(operator, test_gradients.T)
     samples = len(train[0])

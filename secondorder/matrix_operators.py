@@ -68,6 +68,7 @@ class MatrixOperator(LinearOperator):
     def spectrum(self) -> Spectrum:
         """Eigendecomposition of the symmetric part."""
         matrix = self.dense()
+        matrix = (matrix + matrix.T) / 2
         return spectrum(matrix, matrix.new_zeros(len(matrix)))
 
 
@@ -102,6 +103,17 @@ class FunctionOperator(LinearOperator):
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self._checked(self._function(v), "function", self.shape[0])
+
+    def dense(self, chunk_size: int = 128) -> Tensor:
+        """The matrix, ``n`` products.
+
+        Raises:
+            ValueError: no transpose was given, and the matrix is not symmetric.
+        """
+        matrix = super().dense(chunk_size)
+        if self.is_symmetric and not looks_symmetric(matrix):
+            raise ValueError("function must be symmetric where transpose is None, but its matrix is not.")
+        return matrix
 
     def _rmatvec(self, u: Tensor) -> Tensor:
         return self._checked(self._transposed(u), "transpose", self.shape[1])

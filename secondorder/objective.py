@@ -191,14 +191,14 @@ class Objective:
 
     def operators(self, name: str, build: Build) -> Iterator[tuple[ParameterOperator, int]]:
         """The operator of each batch, with the number of its samples."""
-        for index, batch in enumerate(self._batches.walk(name if self._progress else None)):
+        for index, batch in enumerate(self._walk(name)):
             with torch.enable_grad():
                 yield self._ladder.climb(lambda: tried(build(batch, index))), count_samples(batch)  # noqa: B023
 
     def _sum(self, name: str, on_batch: Callable[[Batch, int], Tensor]) -> tuple[Tensor, int]:
         """Sum over batches, a mean being weighted with the batch's size, and the number of samples."""
         total, samples = None, 0
-        for index, batch in enumerate(self._batches.walk(name if self._progress else None)):
+        for index, batch in enumerate(self._walk(name)):
             n = count_samples(batch)
             samples += n
             part = on_batch(batch, index) * (n if self.reduction == "mean" else 1)
@@ -207,6 +207,13 @@ class Objective:
             raise ValueError("data must hold at least one sample, got none.")
         self._is_checked = True
         return total, samples
+
+    def _walk(self, name: str) -> Iterator[Batch]:
+        """One pass over the batches, with a model that may have changed its mode since."""
+        check_deterministic(self.model)
+        for batch in self._batches.walk(name if self._progress else None):
+            if count_samples(batch):
+                yield batch
 
     def _reduced(self, total: Tensor, samples: int) -> Tensor:
         return total / samples if self.reduction == "mean" else total
@@ -266,15 +273,19 @@ class OverBatches(LinearOperator):
         n = sum(p.numel() for p in objective.parameters)
         super().__init__((n, n), first.dtype, first.device)
         self._objective, self._name, self._build, self._keep_graph = objective, name, build, keep_graph
-        self._versions = [p._version for p in objective.parameters]
+        self._versions = self._read_versions()
         self._kept: list[tuple[ParameterOperator, int]] | None = None
+
+    def _read_versions(self) -> list[tuple[int, int]]:
+        """What changes with the parameters: in place, or by new data."""
+        return [(p._version, p.data_ptr()) for p in self._objective.parameters]
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self._sum(lambda operator: operator @ v) + self._objective.l2 * v
 
     def _sum(self, of_batch: Callable[[ParameterOperator], Tensor]) -> Tensor:
         """What one operator for each batch gives, reduced over the samples."""
-        if [p._version for p in self._objective.parameters] != self._versions:
+        if self._read_versions() != self._versions:
             raise RuntimeError("the parameters have changed since this operator was made; make a new one.")
         objective = self._objective
         total, samples = torch.zeros((), dtype=self.dtype, device=self.device), 0
@@ -288,6 +299,8 @@ class OverBatches(LinearOperator):
             samples += n
             # Its graph goes before the next batch comes.
             del operator
+        if not samples:
+            raise ValueError("data must hold at least one sample, got none.")
         self._kept = kept or None
         objective._is_checked = True
         return objective._reduced(total, samples)

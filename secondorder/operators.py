@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -95,16 +94,25 @@ class LinearOperator(ABC):
             return self._matvec(v)
         return self._matmat(v) if v.shape[1] else v.new_zeros((self.shape[0], 0))
 
-    @cached_property
+    @property
     def T(self) -> LinearOperator:  # noqa: N802 - as a tensor's
         """The transpose."""
         if self.is_symmetric:
             return self
+        if self._original is not None:
+            return self._original
         shape = (self.shape[1], self.shape[0])
         text = f"{_bracketed(self)}.T"
         transposed = _Derived(text, shape, self, self._times_transposed, self.__matmul__)
-        transposed.__dict__["T"] = self
+        # It knows this one, not the other way round: a cycle would keep graphs alive.
+        transposed._original = self
         return transposed
+
+    # Whether complex vectors are pairs of real numbers to it.
+    _is_real_linear = False
+
+    # The operator of which this is the transpose.
+    _original: LinearOperator | None = None
 
     def _times_transposed(self, u: Tensor) -> Tensor:
         return self._rmatvec(u) if u.ndim == 1 else self._rmatmat(u)
@@ -128,6 +136,11 @@ class LinearOperator(ABC):
 
     def _basis(self, chunk_size: int) -> Iterator[Tensor]:
         """The identity, ``chunk_size`` columns at a time."""
+        if self._is_real_linear:
+            raise TypeError(
+                "for complex parameters the map is linear over the real numbers only, and has no complex"
+                " matrix; use torch.view_as_real."
+            )
         if not (isinstance(chunk_size, int) and chunk_size >= 1):
             raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
         like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape[1])
@@ -214,7 +227,11 @@ class LinearOperator(ABC):
                 ("rmatmat", self.T.__matmul__),
             )
         }
-        dtype = torch.zeros(0, dtype=self.dtype).numpy().dtype
+        if self.dtype == torch.bfloat16:
+            raise TypeError(
+                "to_scipy needs a dtype that NumPy has, got torch.bfloat16; use A.to(torch.float32)."
+            )
+        dtype = torch.zeros(0, dtype=self.dtype, device="cpu").numpy().dtype
         return scipy.sparse.linalg.LinearOperator(self.shape, dtype=dtype, **products)
 
     def _on_arrays(self, function: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
@@ -247,7 +264,10 @@ class LinearOperator(ABC):
                 f"shift must be a number or a diagonal of shape ({n},), got {tuple(shift.shape)}; wrap a"
                 " matrix in MatrixOperator."
             )
-        if not isinstance(shift, Tensor) and not math.isfinite(shift):
+        if isinstance(shift, Tensor):
+            # A copy of this dtype: what the caller does with the tensor later does not change the operator.
+            shift = shift.detach().to(self.dtype, copy=True)
+        elif not math.isfinite(shift):
             raise ValueError(f"shift must be finite, got {shift}.")
 
         def times(v: Tensor) -> Tensor:
@@ -265,13 +285,17 @@ class LinearOperator(ABC):
         if self.shape[1] != other.shape[0]:
             raise ValueError(f"A and B must fit for A @ B, got shapes {self.shape} and {other.shape}.")
         factors = (*self._factors, *other._factors)
-        is_symmetric = all(a is b.T for a, b in zip(factors, reversed(factors), strict=True))
+        pairs = zip(factors, reversed(factors), strict=True)
+        is_symmetric = all(a is b.T or a.T is b for a, b in pairs)
         backward = None if is_symmetric else lambda u: other.T @ (self.T @ u)
         shape = (self.shape[0], other.shape[1])
         text = f"{_bracketed(self)} @ {_bracketed(other)}"
         product = _Derived(text, shape, self, lambda v: self @ (other @ v), backward)
         product._known_factors = factors
         return product
+
+    # NumPy leaves its operators with this to us, which refuse arrays instead of adding entry by entry.
+    __array_ufunc__ = None
 
     # The operators of which this is the product, where it is known to be one.
     _known_factors: tuple[LinearOperator, ...] | None = None

@@ -30,7 +30,9 @@ def evaluate(loss: Callable[..., Any], outputs: tuple[Tensor, ...]) -> tuple[Ten
     log = _Calls()
     with log:
         value = loss(*outputs)
-    if len(outputs) == 1 and log.result is value and log.argument is outputs[0]:
+    # In place, a loss may have become another one since.
+    is_known = log.result is value and value._version == log.version
+    if len(outputs) == 1 and is_known and log.argument is outputs[0]:
         return value, _closed_form(log.func, log.arguments, outputs[0].detach())
     return value, None
 
@@ -44,6 +46,7 @@ class _Calls(TorchFunctionMode):
         self.arguments: dict[str, Any] = {}
         self.argument: Any = None
         self.result: Any = None
+        self.version = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -52,6 +55,7 @@ class _Calls(TorchFunctionMode):
             bound.apply_defaults()
             self.func, self.arguments, self.result = func, bound.arguments, result
             self.argument = bound.arguments["input"]
+            self.version = result._version if isinstance(result, Tensor) else 0
         return result
 
 
@@ -157,11 +161,18 @@ def _score(likelihood: str, outputs: Tensor, generator: torch.Generator) -> Tens
 
 def _score_at(likelihood: str, outputs: Tensor, targets: Tensor) -> Tensor:
     """The gradient of the negative log-likelihood of ``targets`` with respect to the outputs."""
+    dim = class_dim(outputs)
+    shape = list(outputs.shape)
+    if likelihood == "categorical":
+        del shape[dim]
+    if list(targets.shape) != shape:
+        raise ValueError(f"targets must have shape {tuple(shape)}, got {tuple(targets.shape)}.")
     if likelihood == "normal":
         return outputs - targets
     if likelihood == "bernoulli":
         return outputs.sigmoid() - targets
-    dim = class_dim(outputs)
+    if targets.dtype != torch.long:
+        raise TypeError(f"targets must be classes of dtype torch.int64, got {targets.dtype}.")
     one_hot = F.one_hot(targets, outputs.shape[dim]).movedim(-1, dim).to(outputs.dtype)
     return outputs.softmax(dim) - one_hot
 

@@ -46,6 +46,7 @@ class ParameterOperator(LinearOperator):
         first = self.parameters[0]
         n = sum(p.numel() for p in self.parameters)
         super().__init__((n, n), first.dtype, first.device)
+        self._is_real_linear = first.dtype.is_complex
 
     @abstractmethod
     def differentiated(self) -> Iterable[Tensor | None]:
@@ -146,6 +147,7 @@ class Jacobian(LinearOperator):
         self._batched = self._batched_transpose = batched
         rows, columns = (sum(t.numel() for t in tensors) for tensors in (self.outputs, self.parameters))
         super().__init__((rows, columns), first.dtype, first.device)
+        self._is_real_linear = first.dtype.is_complex
         self._rows = self._build() if keep_graph else None
 
     @classmethod
@@ -167,6 +169,7 @@ class Jacobian(LinearOperator):
 
     def _build(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """``u``, and ``J^T u`` in its graph: linear in ``u``, its derivative applied to ``v`` is ``J v``."""
+        graph.refuse_once_differentiable(self.outputs)
         duals = [torch.zeros_like(output, requires_grad=True) for output in self.outputs]
         with torch.enable_grad():
             pulled = _arguments.grad(self.outputs, self.parameters, tuple(duals), create_graph=True)
@@ -198,7 +201,6 @@ class Jacobian(LinearOperator):
     def restrict(self, indices: Sequence[int]) -> Jacobian:
         """The columns of some parameters."""
         block = copy.copy(self)
-        block.__dict__.pop("T", None)
         block.parameters = tuple(self.parameters[i] for i in indices)
         block.shape = (self.shape[0], sum(p.numel() for p in block.parameters))
         if self._rows is not None:

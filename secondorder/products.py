@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder import _arguments, ladder, output_hessians
+from secondorder import _arguments, graph, ladder, output_hessians
 from secondorder._arguments import Tensors
 
 Function = Callable[..., Any]
@@ -164,6 +164,7 @@ def _through_outputs(
         inputs = _arguments.fresh_inputs(inputs, create_graph)
         vector = _arguments.input_vector(v, inputs, is_tuple, create_graph, name)
         found = _arguments.call(func, inputs, name, strict, has_aux)
+        graph.refuse_once_differentiable(found.tensors)
         value, multiply = middle(found.tensors)
         duals = tuple(torch.zeros_like(output, requires_grad=True) for output in found.tensors)
         rows = _arguments.grad(found.tensors, inputs, duals, create_graph=True)

@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 import zoo
 
-from secondorder import Block, EmpiricalFisher, Fisher, GaussNewton, Hessian, Jacobian, functional
+from secondorder import (
+    Block,
+    EmpiricalFisher,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    Jacobian,
+    functional,
+    fvp,
+    ggnvp,
+)
 from secondorder.decompose import decompose
 from secondorder.flat import flatten
 
@@ -425,3 +435,83 @@ def test_parameters_that_can_not_be_meant():
         with pytest.raises(ValueError, match="indices must be positions in parameters, integers below 1"):
             H.restrict(bad)
     assert H.restrict(0).shape == (2, 2)
+
+
+class Exponential(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+def test_once_differentiable_functions_are_refused():
+    """Their second derivative would be zero, and so would ``J v``."""
+    p = torch.zeros(2, requires_grad=True)
+    ones = torch.ones(2)
+    outputs = Exponential.apply(p)
+    calls = [
+        lambda: Hessian(outputs.sum(), [p]),
+        lambda: Jacobian(outputs, [p]),
+        lambda: GaussNewton(outputs.square().sum(), outputs, [p]),
+        lambda: EmpiricalFisher(outputs, [p]),
+        lambda: functional.hvp(lambda x: Exponential.apply(x).sum(), ones, ones),
+        lambda: functional.jvp(Exponential.apply, ones, ones),
+        lambda: functional.linearize(Exponential.apply, ones),
+        lambda: ggnvp(Exponential.apply, lambda z: z.square().sum(), ones, ones),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="Exponential is once_differentiable"):
+            call()
+
+
+def test_inference_mode_is_refused():
+    p = torch.zeros(2, requires_grad=True)
+    H = Hessian(p.exp().sum(), [p], keep_graph=False)
+    kept, J = Hessian(p.exp().sum(), [p]), Jacobian(p.exp(), [p], keep_graph=False)
+    with torch.inference_mode():
+        for call in (
+            lambda: H @ torch.ones(2),
+            lambda: kept @ torch.ones(2),
+            lambda: J @ torch.ones(2),
+            lambda: functional.hvp(lambda x: x.exp().sum(), torch.ones(2), torch.ones(2)),
+        ):
+            with pytest.raises(RuntimeError, match="inference_mode"):
+                call()
+
+
+def test_complex_parameters_have_no_complex_matrix():
+    c = torch.tensor([1 + 1j], requires_grad=True)
+    H = Hessian((c**3).real.sum(), [c])
+    for call in (H.dense, H.diagonal, Jacobian(1j * c, [c]).dense):
+        with pytest.raises(TypeError, match="use torch.view_as_real"):
+            call()
+
+
+def test_a_loss_that_is_changed_in_place_has_no_closed_form():
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    v = torch.ones(2, dtype=torch.float64)
+
+    def loss(z):
+        value = F.mse_loss(z, torch.zeros_like(z))
+        value *= 10
+        value += 0.5 * z.pow(4).sum()
+        return value
+
+    expected = 10.0 + 6 * w.square()
+    torch.testing.assert_close(ggnvp(lambda w: w, loss, w, v)[1], expected)
+    torch.testing.assert_close(GaussNewton.of(lambda w: w, loss, w) @ v, expected)
+
+
+def test_targets_of_the_empirical_fisher_do_not_broadcast():
+    x, w = torch.randn(6, 2), torch.zeros(2, 3)
+    for targets in (torch.tensor([0]), torch.zeros(7, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"targets must have shape \(6,\)"):
+            fvp(lambda w: x @ w, w, w, kind="empirical", targets=targets)
+    with pytest.raises(TypeError, match="targets must be classes of dtype torch.int64, got torch.float32"):
+        fvp(lambda w: x @ w, w, w, kind="empirical", targets=torch.zeros(6))

@@ -1,5 +1,8 @@
 """A loss over a dataset: independent of how the data is cut, equal to dense references, safe to call."""
 
+import random
+
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -367,3 +370,57 @@ def test_log_probabilities_have_no_gauss_newton_matrix():
     single = Objective(nn.Linear(4, 1), F.mse_loss, (torch.randn(6, 4), torch.randn(6, 1)))
     with pytest.raises(ValueError, match=r"two classes or more in dimension 1 .* got shape \(6, 1\)"):
         single.fisher() @ torch.ones(5)
+
+
+def test_a_mode_that_changes_later_is_noticed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    whole = Objective(model, F.mse_loss, (torch.randn(10, 3), torch.randn(10, 4)), batch_size=4)
+    H = whole.hessian()
+    whole.value(), H @ torch.ones(H.shape[0])
+    model.train()
+    for call in (whole.value, whole.gradient, lambda: H @ torch.ones(H.shape[0])):
+        with pytest.raises(ValueError, match="BatchNorm1d '1' in training mode"):
+            call()
+    assert model[1].num_batches_tracked == 0
+
+
+def test_every_source_of_randomness_is_replayed():
+    case = zoo.network("mlp_mse")
+
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            noise = np.random.standard_normal() + random.random()  # noqa: NPY002
+            return x + noise, y
+
+    generator = torch.Generator().manual_seed(0)
+    dataset = Noisy(case.inputs, case.targets)
+    loader = DataLoader(dataset, batch_size=4, shuffle=True, generator=generator)
+    before = generator.get_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    H = objective(case, loader).fisher(likelihood="normal", num_samples=1)
+    v = torch.ones(H.shape[0], dtype=DOUBLE)
+    assert torch.equal(H @ v, H @ v)
+    assert torch.equal(generator.get_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
+
+
+def test_new_data_of_a_parameter_is_noticed():
+    case = zoo.network("mlp_mse")
+    H = objective(case, batch_size=4).hessian()
+    v = torch.ones(H.shape[0], dtype=DOUBLE)
+    torch.nn.utils.vector_to_parameters(v, case.model.parameters())
+    with pytest.raises(RuntimeError, match="parameters have changed"):
+        H @ v
+
+
+def test_samples_that_are_left_out_or_missing():
+    case = zoo.network("mlp_mse")
+    dataset = TensorDataset(case.inputs, case.targets)
+    sampler = torch.utils.data.BatchSampler(torch.utils.data.SequentialSampler(dataset), 4, drop_last=True)
+    with pytest.raises(ValueError, match="drop_last=True"):
+        objective(case, DataLoader(dataset, batch_sampler=sampler))
+    batches = [(case.inputs, case.targets), (case.inputs[:0], case.targets[:0])]
+    whole = objective(case, batches, l2=0.0)
+    torch.testing.assert_close(whole.value(), case.value().detach())
+    assert bool((whole.hessian() @ torch.ones(37, dtype=DOUBLE)).isfinite().all())

@@ -1,11 +1,15 @@
+import gc
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
 import zoo
+from memory import PeakMemory
 
 from secondorder import (
     FunctionOperator,
+    Jacobian,
     LinearOperator,
     MatrixOperator,
     block_cg,
@@ -240,3 +244,34 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="wrap a matrix in MatrixOperator"):
         A + torch.eye(3)
     assert not cg(A, b.clone().requires_grad_()).x.requires_grad
+
+
+def test_transposes_do_not_keep_their_operators_alive():
+    w = torch.ones(3, requires_grad=True)
+    gc.disable()
+    try:
+        with PeakMemory() as memory:
+            J = Jacobian(w.exp().sin(), [w])
+            (J @ J.T).dense(), J.T @ torch.ones(3)
+            del J
+            assert memory.live == 0
+    finally:
+        gc.enable()
+
+
+def test_shifts_are_copied_and_converted():
+    A, shift = MatrixOperator(torch.eye(2)), torch.ones(2, dtype=torch.float64)
+    shifted = A + shift
+    shift.fill_(100.0)
+    assert (shifted @ torch.ones(2)).tolist() == [2.0, 2.0]
+    assert shifted.solve(torch.ones(2), solver="cg").x.dtype == torch.float32
+    with pytest.raises(TypeError):
+        A + np.ones(2)
+
+
+def test_to_scipy_whatever_the_default_device():
+    with torch.device("meta"):
+        S = MatrixOperator(torch.eye(2, device="cpu")).to_scipy()
+    assert (S @ np.ones(2, dtype=np.float32)).tolist() == [1.0, 1.0]
+    with pytest.raises(TypeError, match="got torch.bfloat16"):
+        MatrixOperator(torch.eye(2, dtype=torch.bfloat16)).to_scipy()

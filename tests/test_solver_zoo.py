@@ -298,3 +298,81 @@ def test_nan_in_a_product(name):
     A[2, 2] = math.nan
     assert ITERATIVE[name](A, torch.ones(4, dtype=torch.float64)).status == "non_finite"
     assert ITERATIVE[name](torch.eye(4), torch.tensor([1.0, math.nan, 1.0, 1.0])).status == "non_finite"
+
+
+@pytest.mark.parametrize("name", [*ITERATIVE, "gltr"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-24), (torch.float64, 1e-165)])
+def test_small_right_hand_sides_do_not_underflow(name, dtype, size):
+    """Their squares are zero: the norm said so, and the solvers that there was nothing to do."""
+    A, b = zoo.spd_matrix(8, 10.0, 1).to(dtype), (size * zoo.vector(8, 2)).to(dtype)
+    result = ALL[name](A, b)
+    exact = torch.linalg.solve(A.double(), b.double() / size)
+    assert result.status == "converged"
+    assert (result.x.double() / size - exact).norm() <= 1e-4 * exact.norm()
+    assert 0 <= result.residual_norm <= 1e-5 * size
+
+
+def test_overflow_is_not_convergence():
+    result = block_cg(torch.eye(3), torch.full((3, 1), 1e20))
+    assert result.status == "non_finite"
+
+
+@pytest.mark.parametrize("name", ["cg", "block_cg", "minres"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_right_hand_side_in_the_null_space_does_not_blow_up(name, seed):
+    """All of it is rounding to the operator; the first step along it has no bound."""
+    A = zoo._with_spectrum(torch.arange(10.0, dtype=torch.float64), seed)
+    b = torch.linalg.eigh(A)[1][:, 0]
+    result = ALL[name](A, b)
+    assert result.status in ("singular", "least_squares", "negative_curvature", "stagnated")
+    assert result.residual_norm <= 1.01 * float(b.norm())
+    assert float(result.x.norm()) <= 1e-3
+
+
+def test_minres_with_a_preconditioner_converges_in_the_euclidean_norm():
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        A = torch.diag(torch.linspace(1, 10, 8, dtype=torch.float64))
+        order = torch.randperm(8, generator=generator)
+        M = torch.diag(torch.logspace(0, -3, 8, dtype=torch.float64)[order])
+        b = torch.randn(8, generator=generator, dtype=torch.float64)
+        for rtol in (1e-2, 1e-3, 1e-8):
+            result = minres(A, b, M=M, rtol=rtol)
+            assert (result.status, seed) == ("converged", seed)
+
+
+def test_minres_least_squares_is_euclidean():
+    A = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    M = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    result = minres(A, torch.tensor([0.0, 1.0], dtype=torch.float64), M=M)
+    assert result.status == "least_squares"
+    assert result.residual_norm == pytest.approx(1.0, rel=1e-6)
+
+
+def test_claims_of_symmetry_are_checked_where_the_matrix_is_formed():
+    N = torch.tensor([[3.0, 1.0], [0.0, 3.0]], dtype=torch.float64)
+
+    class Bare:
+        def __matmul__(self, v):
+            return N @ v
+
+    b = torch.ones(2, dtype=torch.float64)
+    claims = FunctionOperator(lambda v: N @ v, b)
+    for solve in (direct, cholesky, lambda A, b: trust_region(A, b, 1.0), lambda A, b: A.solve(b)):
+        with pytest.raises(ValueError, match="must be symmetric"):
+            solve(claims, b)
+    with pytest.raises(ValueError, match="must be symmetric"):
+        direct(Bare(), b)
+    N = N + N.T
+    assert direct(Bare(), torch.ones(2, 3, dtype=torch.float64)).x.shape == (2, 3)
+
+
+def test_starts_and_preconditioners_of_blocks_are_checked():
+    A, B = torch.eye(2), torch.ones(2, 2)
+    for start in (torch.zeros(2, 5), torch.zeros(2)):
+        with pytest.raises(ValueError, match=r"x0 must have shape \(2, 2\)"):
+            cg(A, B, x0=start)
+    with pytest.raises(ValueError, match="M must be symmetric positive definite"):
+        block_cg(A, B, M=-torch.eye(2))
+    mixed = cg(A, torch.tensor([[1.0, torch.nan], [1.0, 1.0]]))
+    assert math.isnan(mixed.residual_norm)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secondorder import _arguments, ladder
+from secondorder import _arguments, graph, ladder
 from secondorder._arguments import Tensors
 from secondorder.convolutions import lighten_gradients, lighten_rows
 from secondorder.functional import _second_order
@@ -297,6 +297,7 @@ def _double_backward(
         inputs = _arguments.fresh_inputs(inputs, create_graph)
         vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
         found = _arguments.call(func, inputs, "jvp", strict, has_aux)
+        graph.refuse_once_differentiable(found.tensors)
         # The backward pass is linear in these: any finite value will do.
         duals = tuple(torch.zeros_like(output, requires_grad=True) for output in found.tensors)
         grads = _arguments.grad(found.tensors, inputs, duals, create_graph=True)

@@ -10,6 +10,12 @@ from torch import Tensor
 
 def check_system(A: Any, b: Tensor) -> None:
     """Raise unless ``A`` is symmetric and fits ``b``, floating-point, of shape (n,) or (n, k)."""
+    check_fit(A, b)
+    check_symmetric(A, "use lsmr")
+
+
+def check_fit(A: Any, b: Tensor) -> None:
+    """Raise unless ``A`` is square and fits ``b``, floating-point, of shape (n,) or (n, k)."""
     check_right_hand_side(b)
     shape, n = getattr(A, "shape", None), b.shape[0]
     if shape is not None and tuple(shape) != (n, n):
@@ -17,7 +23,6 @@ def check_system(A: Any, b: Tensor) -> None:
             f"A must be square and fit b: got A of shape {tuple(shape)} and b of shape {tuple(b.shape)}."
         )
     check_together(A, b)
-    check_symmetric(A, "use lsmr")
 
 
 def check_symmetric(A: Any, remedy: str) -> None:
@@ -146,12 +151,14 @@ def check_radius(radius: float) -> None:
 
 
 def dense(A: Any, like: Tensor) -> Tensor:
-    """``A`` as a symmetrised dense matrix, shape (n, n)."""
+    """``A`` as a dense matrix, shape (n, n), symmetric but for rounding."""
     if isinstance(A, Tensor):
         matrix = A if A.layout is torch.strided else A.to_dense()
     elif hasattr(A, "dense"):
         matrix = A.dense()
     else:
-        eye = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
+        eye = torch.eye(like.shape[0], dtype=like.dtype, device=like.device)
         matrix = torch.stack([A @ row for row in eye], dim=1)
-    return (matrix + matrix.T) / 2
+        if not looks_symmetric(matrix):
+            raise ValueError("A must be symmetric, but its matrix is not; use lsmr.")
+    return matrix

@@ -36,14 +36,15 @@ class ConjugateDirections:
         self._is_bounded = is_bounded
         self.iteration = 0
         self.products = 0
-        self.is_flat = False
-        self._steepest = 0.0
+        self.is_flat = self.was_flat = False
+        self._steepest, self._flattest = 0.0, math.inf
         if x0 is None:
             self.x = b.new_zeros(b.shape)
             self._residual = b
         else:
             self.x = x0.to(b)
             self._residual = b - self._multiply(self.x)
+        self._start = self.x
         self._x_x = self.x.dot(self.x)
         self._aim()
 
@@ -74,7 +75,8 @@ class ConjugateDirections:
         """``d^T A d`` of the next direction ``d``: one product.
 
         Afterwards ``is_flat`` says whether ``A`` vanishes along ``d`` to rounding, compared with the
-        steepest direction so far: the system is singular, and a step along ``d`` has no bound.
+        steepest direction so far: the system is singular, and a step along ``d`` has no bound. ``was_flat``
+        says that it vanished along an earlier direction, as is known only now.
         """
         self._Ad = self._multiply(self.direction)
         self._dAd = self.direction.dot(self._Ad)
@@ -84,7 +86,10 @@ class ConjugateDirections:
         self._read.append(curvature)
         quotient = curvature / squared_norm if squared_norm > 0 else 0.0
         self._steepest = max(self._steepest, quotient)
-        self.is_flat = quotient <= torch.finfo(self._Ad.dtype).eps * self._steepest
+        rounding = torch.finfo(self._Ad.dtype).eps * self._steepest
+        self.is_flat = quotient <= rounding
+        self.was_flat = self._flattest <= rounding
+        self._quotient = quotient
         return float(curvature)
 
     def _lengths(self) -> list[Tensor]:
@@ -99,6 +104,8 @@ class ConjugateDirections:
 
     def advance(self) -> None:
         """Step to the minimiser along the direction and choose the next one."""
+        if self._quotient < self._flattest:
+            self._flattest, self._flat_direction = self._quotient, self.direction
         alpha = self._rz / self._dAd
         self._x_x = self._x_x + alpha * (2 * self._x_d + alpha * self._d_d)
         self.x = self.x + alpha * self.direction
@@ -116,6 +123,10 @@ class ConjugateDirections:
     def state(self) -> CGState:
         """The current iterate and its model value, from the recursive residual."""
         return CGState(self.iteration, self.x, -0.5 * float(self.x.dot(self._b + self._residual)))
+
+    def retreat(self) -> None:
+        """Undo all steps: one of them went along a direction in which there is nothing to hold on to."""
+        self.x, self.direction = self._start, self._flat_direction
 
     def to_boundary(self, radius: float) -> float | None:
         """How far along the direction the ball of ``radius`` ends: ``tau`` with ``norm(x + tau d) = radius``.

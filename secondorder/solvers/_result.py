@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_right_hand_side
+from secondorder.solvers._checks import check_right_hand_side, check_start
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,11 +78,16 @@ def of_columns(columns: Sequence[SolveResult], like: Tensor) -> SolveResult:
         torch.stack([c.x for c in columns], dim=1) if columns else like.new_zeros((like.shape[0], 0)),
         max((c.status for c in columns), key=order.index, default="converged"),
         max((c.iterations for c in columns), default=0),
-        max((c.residual_norm for c in columns), default=0.0),
+        _largest([c.residual_norm for c in columns]),
         sum(c.quadratic for c in columns),
         sum(c.products for c in columns),
         columns=tuple(columns),
     )
+
+
+def _largest(norms: Sequence[float]) -> float:
+    """NaN where one is: ``max`` would pass it over."""
+    return math.nan if any(map(math.isnan, norms)) else max(norms, default=0.0)
 
 
 def by_columns(solve: F) -> F:
@@ -95,11 +101,40 @@ def by_columns(solve: F) -> F:
             result: SolveResult = solve(A, b, *args, **options)
             return result
         starts = options.pop("x0", None)
+        if starts is not None:
+            check_start(starts, b, getattr(A, "shape", (0, b.shape[0]))[1])
         columns = []
         for index, column in enumerate(b.unbind(1)):
             start = {} if starts is None else {"x0": starts[:, index]}
             columns.append(solve(A, column, *args, **options, **start))
         n = b.shape[0] if getattr(A, "shape", None) is None else A.shape[1]
         return of_columns(columns, b.new_zeros(n))
+
+    return cast(F, solve_any)
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """Numbers below this have squares that underflow."""
+    return float((torch.finfo(dtype).tiny / torch.finfo(dtype).eps) ** 0.5)
+
+
+def rescaled(solve: F) -> F:
+    """Let a solver work on ``b`` of size one where its squares would underflow; below ``by_columns``."""
+
+    @wraps(solve)
+    def solve_any(A: Any, b: Tensor, *radius: float, **options: Any) -> SolveResult:
+        size = float(b.abs().max()) if b.numel() else 0.0
+        if not 0 < size < smallest_scale(b.dtype) or options.get("callback") is not None:
+            result: SolveResult = solve(A, b, *radius, **options)
+            return result
+        for name in ("x0", "atol", "radius"):
+            if options.get(name) is not None:
+                options[name] = options[name] / size
+        result = solve(A, b / size, *(r / size for r in radius), **options)
+        return result._replace(
+            x=size * result.x,
+            residual_norm=size * result.residual_norm,
+            quadratic=size * size * result.quadratic,
+        )
 
     return cast(F, solve_any)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_preconditioner, check_start, check_system
-from secondorder.solvers._result import SolveResult, of_columns
+from secondorder.solvers._result import SolveResult, of_columns, smallest_scale
 
 
 def block_cg(
@@ -44,13 +44,15 @@ def block_cg(
 
     Returns:
         ``SolveResult`` whose ``columns`` hold each column's own; "converged", "max_iter",
-        "negative_curvature" (``direction`` is shared), "stagnated" or "non_finite".
+        "negative_curvature", "singular" (``direction`` is shared), "stagnated" or "non_finite". One column
+        that is not finite makes all so.
 
     Raises:
         TypeError: ``B`` is not a floating-point tensor, or ``A`` has another dtype.
-        ValueError: ``B`` is not a block; shapes do not fit; ``A`` is not symmetric; a tolerance is negative.
+        ValueError: ``B`` is not a block; shapes do not fit; ``A`` is not symmetric; a tolerance is negative;
+            ``M`` is not positive definite.
 
-    Cost: an iteration, one product with a block of at most k columns, ``10 n k^2`` operations and two host
+    Cost: an iteration, one product with a block of at most k columns, ``10 n k^2`` operations and three host
     reads; four blocks of storage; one more product whenever the columns claim convergence.
 
     Example:
@@ -65,9 +67,12 @@ def block_cg(
         check_start(X0, B, B.shape[0])
     check_limits(rtol, atol, max_iter)
     check_preconditioner(M, B)
-    B = B.detach()
+    # Columns whose squares would underflow are solved at size one.
+    sizes = B.detach().abs().amax(0) if B.shape[0] else B.new_ones(B.shape[1])
+    sizes = torch.where((sizes > 0) & (sizes < smallest_scale(B.dtype)), sizes, 1.0)
+    B, X0 = B.detach() / sizes, None if X0 is None else X0 / sizes
     limit = 10 * B.shape[0] if max_iter is None else max_iter
-    run = _Block(A, B, X0, M, rtol, atol)
+    run = _Block(A, B, X0, M, rtol, atol / sizes)
     while True:
         status = run.iterate(limit)
         before = run.verified
@@ -77,19 +82,19 @@ def block_cg(
         helps = bool((is_open & (run.residual_norms < 0.5 * before)).any())
         if status != "converged" or not helps:
             break
-    return run.result("stagnated" if status == "converged" else status)
+    return run.result("stagnated" if status == "converged" else status, sizes)
 
 
 class _Block:
     """The state of the iteration; directions are shared, residuals belong to the columns."""
 
-    def __init__(self, A: Any, B: Tensor, X0: Tensor | None, M: Any, rtol: float, atol: float) -> None:
+    def __init__(self, A: Any, B: Tensor, X0: Tensor | None, M: Any, rtol: float, atol: Tensor) -> None:
         self._A, self._B, self._M = A, B, M
-        self.tolerances = (rtol * B.norm(dim=0)).clamp(min=atol)
+        self.tolerances = torch.maximum(rtol * B.norm(dim=0), atol)
         self.verified = torch.full_like(self.tolerances, math.inf)
         self.residual_norms = self.verified
         self.iteration, self.products = 0, 0
-        self._X = torch.zeros_like(B) if X0 is None else X0.to(B)
+        self._X = self._start = torch.zeros_like(B) if X0 is None else X0.to(B)
         self._R = B if X0 is None else B - self._multiply(self._X)
         self._direction: Tensor | None = None
 
@@ -104,6 +109,7 @@ class _Block:
         # The last directions, A times them, and the inverse of their curvatures.
         P, AP = (self._B.new_zeros(self._B.shape[0], 0) for _ in range(2))
         inverse = self._B.new_zeros(0, 0)
+        steepest, flattest, self._direction = 0.0, math.inf, None
         while True:
             # The residuals are Q S.
             norms = S.norm(dim=0)
@@ -114,16 +120,25 @@ class _Block:
                 return "converged"
             if self.iteration >= limit:
                 return "max_iter"
-            Z = Q if self._M is None else self._M @ Q
+            Z = Q if self._M is None else self._preconditioned(Q)
             P = torch.linalg.qr(Z - P @ (inverse @ (AP.T @ Z)))[0]
             AP = self._multiply(P)
             curvatures = (P.T @ AP + AP.T @ P) / 2
             if not bool(curvatures.isfinite().all()):
                 return "non_finite"
             values, vectors = torch.linalg.eigh(curvatures)
-            if float(values[0]) <= 0:
+            lowest, highest = values[[0, -1]].tolist()
+            if lowest <= 0:
                 self._direction = P @ vectors[:, 0]
                 return "negative_curvature"
+            steepest = max(steepest, highest)
+            if min(lowest, flattest) <= torch.finfo(values.dtype).eps * steepest:
+                # Along such a direction a step has no bound: those already made are undone.
+                self._X = self._start if flattest < lowest else self._X
+                self._direction = P @ vectors[:, 0] if self._direction is None else self._direction
+                return "singular"
+            if lowest < flattest:
+                flattest, self._direction = lowest, P @ vectors[:, 0]
             # (P^T A P)^-1, by the eigenvectors that were needed anyway.
             inverse = (vectors / values) @ vectors.T
             step = inverse @ (P.T @ Q)
@@ -132,6 +147,16 @@ class _Block:
             S = C @ S
             self.iteration += 1
 
+    def _preconditioned(self, Q: Tensor) -> Tensor:
+        Z: Tensor = self._M @ Q
+        least = float((Q * Z).sum(0).min())
+        if least <= 0:
+            raise ValueError(
+                f"M must be symmetric positive definite, got r^T M r = {least:.3g} in iteration"
+                f" {self.iteration}."
+            )
+        return Z
+
     def measure(self) -> None:
         """True residuals, from which the iteration goes on: one product with the block."""
         AX = self._multiply(self._X)
@@ -139,22 +164,23 @@ class _Block:
         self.verified = self.residual_norms = self._R.norm(dim=0)
         self._quadratics = (self._X * AX).sum(0)
 
-    def result(self, otherwise: str) -> SolveResult:
-        """Each column's result: converged, or what stopped the iteration."""
+    def result(self, otherwise: str, sizes: Tensor) -> SolveResult:
+        """Each column's result, times its size: converged, or what stopped the iteration."""
         norms, tolerances = self.residual_norms.tolist(), self.tolerances.tolist()
         columns = [
             SolveResult(
-                x,
-                "converged" if norm <= tolerance else "non_finite" if not math.isfinite(norm) else otherwise,
+                size * x,
+                "non_finite" if not math.isfinite(norm) else "converged" if norm <= tolerance else otherwise,
                 self.iteration,
-                norm,
-                quadratic,
+                size * norm,
+                size * size * quadratic,
                 products=0,
-                direction=None if norm <= tolerance else self._direction,
+                direction=self._direction if otherwise in ("negative_curvature", "singular") else None,
             )
-            for x, norm, tolerance, quadratic in zip(
-                self._X.unbind(1), norms, tolerances, self._quadratics.tolist(), strict=True
+            for x, norm, tolerance, quadratic, size in zip(
+                self._X.unbind(1), norms, tolerances, self._quadratics.tolist(), sizes.tolist(), strict=True
             )
         ]
         whole = of_columns(columns, self._B[:, :0].sum(1))
-        return whole._replace(products=self.products, direction=self._direction)
+        direction = self._direction if whole.status in ("negative_curvature", "singular") else None
+        return whole._replace(products=self.products, direction=direction)

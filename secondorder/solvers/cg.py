@@ -20,7 +20,7 @@ from secondorder.solvers._checks import (
     check_system,
 )
 from secondorder.solvers._directions import CGState, ConjugateDirections
-from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._result import SolveResult, by_columns, rescaled
 
 # Martens (2010), section 4.4: look back max(10, i / 10) iterations.
 LOOK_BACK, LOOK_BACK_FRACTION = 10, 0.1
@@ -29,6 +29,7 @@ KEPT_SPACING = 1.3
 
 
 @by_columns
+@rescaled
 def cg(
     A: Any,
     b: Tensor,
@@ -71,8 +72,9 @@ def cg(
         ValueError: shapes do not fit; ``A`` is not symmetric; a tolerance is negative; ``M`` is not positive
             definite; ``radius`` is not positive, or given with ``M`` and ``x0``, or smaller than ``x0``.
 
-    Cost: one product with ``A``, one with ``M`` and two host reads an iteration, five vectors of
-    storage; one more product at the end, and one at the start when ``x0`` is given.
+    Cost: one product with ``A``, one with ``M`` and two host reads an iteration (one more with ``M``, and
+    with a callback), five vectors of storage; one more product at the end, and one at the start when ``x0``
+    is given.
 
     Example:
         >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
@@ -126,6 +128,9 @@ def _iterate(
         if length is not None:
             run.move(length)
             return "boundary" if curvature > 0 else "negative_curvature"
+        if run.was_flat and radius is None:
+            run.retreat()
+            return "singular"
         if curvature <= 0:
             return "negative_curvature"
         if run.is_flat:

@@ -110,6 +110,7 @@ def _factor(matrix: Tensor) -> tuple[Tensor | None, Tensor | None, str]:
     """The factor, or None with a direction along which ``matrix`` is not positive, and the status."""
     if not len(matrix):
         return matrix, None, "converged"
+    matrix = (matrix + matrix.T) / 2
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
     failed, smallest, at, largest = torch.stack(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_damping, check_system, dense
+from secondorder.solvers._checks import check_damping, check_fit, check_symmetric, check_system, dense
 from secondorder.solvers._result import SolveResult, by_columns
 
 
@@ -57,17 +57,20 @@ def spectrum(A: Any, like: Tensor) -> Spectrum:
         >>> spectrum(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.zeros(2)).values
         tensor([-1.,  1.])
     """
+    if isinstance(A, Tensor):
+        check_symmetric(A, "torch.linalg.eig is for others")
     matrix = dense(A, like)
     if not bool(matrix.isfinite().all()):
         raise ValueError("A must be finite, got a matrix with NaN or infinity.")
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return Spectrum(values, vectors, matrix)
 
 
 def eigen_of(A: Any, b: Tensor) -> tuple[Spectrum, int]:
     """The checked system's ``Spectrum``, and the products that it took."""
     if isinstance(A, Spectrum):
-        check_system(A.matrix, b)
+        # Its matrix was looked at, or comes from an operator that is symmetric but for rounding.
+        check_fit(A.matrix, b)
         return A, 0
     check_system(A, b)
     return spectrum(A, b), 0 if isinstance(A, Tensor) else b.shape[0]
@@ -88,7 +91,7 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
         ``SolveResult`` with ``status`` "converged" (positive definite on the range of ``b``),
         "negative_curvature" (``x`` is a stationary point, not a minimiser; ``direction`` is the lowest
         eigenvector), "singular" (``b`` has a part outside the range: the residual is not zero) or
-        "non_finite" (``b`` holds NaN or infinity). A status other than "singular" promises a residual of
+        "non_finite" (``b`` holds NaN or infinity). "converged" promises a residual of
         the size of rounding, ``eps * n * norm(A) * norm(x)``; ``residual_norm`` is what it really is, of
         the damped system. ``quadratic`` is ``x^T A x`` without damping.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_radius, check_system
 from secondorder.solvers._probes import gaussian
-from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._result import SolveResult, by_columns, rescaled
 from secondorder.solvers.trust_region import minimise_diagonal
 
 # Each iteration keeps a vector.
@@ -25,6 +25,7 @@ CHECKED_EACH_TIME = 50
 
 
 @by_columns
+@rescaled
 def gltr(
     A: Any,
     b: Tensor,

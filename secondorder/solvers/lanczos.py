@@ -265,7 +265,7 @@ def _dense(A: Any, like: Tensor, k: int, which: str, rtol: float) -> EigenResult
     """All eigenpairs, of which the wanted are taken."""
     matrix = dense(A, like)
     check_finite(matrix)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     X = vectors[:, _order(values, which)[:k]]
     products = 0 if isinstance(A, Tensor) else like.shape[0]
     result = _result(X, matrix @ X, values.abs().amax(), rtol, "converged", 0)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_right_hand_side, check_start, check_together
-from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._result import SolveResult, by_columns, rescaled
 
 
 @by_columns
+@rescaled
 def lsmr(
     A: Any,
     b: Tensor,

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_preconditioner, check_start, check_system
-from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._result import SolveResult, by_columns, rescaled
 
 # The true residual is computed after so many iterations first, then after twice as many each time.
 FIRST_CHECK = 16
 
 
 @by_columns
+@rescaled
 def minres(
     A: Any,
     b: Tensor,
@@ -77,10 +78,10 @@ def minres(
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)
     run = _Recurrence(A, b, x0, M)
-    best = last_start = _Verified(run.x, b, math.inf, 0.0)
-    check_at = FIRST_CHECK
+    best, last_start = run.first, run.first._replace(norm=math.inf)
+    check_at, goal = FIRST_CHECK, tolerance
     while True:
-        status = _iterate(run, tolerance, min(check_at, limit), stop_at_negative_curvature)
+        status = _iterate(run, goal, min(check_at, limit), stop_at_negative_curvature)
         here = run.measure()
         has_drifted = not run.agrees(here)
         best = here if not here.norm >= best.norm else best
@@ -90,21 +91,24 @@ def minres(
             status = "max_iter"
         if status in ("max_iter", "negative_curvature", "non_finite") or best.norm <= tolerance:
             break
-        if status == "least_squares" and run.is_stationary_at(here):
-            break
+        if status == "least_squares":
+            if run.is_stationary_at(here):
+                break
+            # In the norm of M there is no less; in the Euclidean one there may be.
+            run.drop_preconditioner()
         if status == "check" and not has_drifted:
             check_at *= 2
+            continue
+        if status == "converged" and run.is_preconditioned and not has_drifted:
+            # The norm of M says so, the Euclidean one does not yet.
+            goal *= 0.5 * tolerance / here.norm
             continue
         if not best.norm < 0.5 * last_start.norm:
             status = "stagnated"
             break
-        last_start, check_at = best, run.iteration + FIRST_CHECK
+        last_start, check_at, goal = best, run.iteration + FIRST_CHECK, tolerance
         run.start(best)
-    if not math.isfinite(here.norm):
-        status = "non_finite"
-    return SolveResult(
-        best.x, status, run.iteration, best.norm, best.quadratic, run.products, run.nonpositive
-    )
+    return _result(run, best, here, status)
 
 
 class _Verified(NamedTuple):
@@ -114,6 +118,17 @@ class _Verified(NamedTuple):
     residual: Tensor
     norm: float
     quadratic: float
+
+
+def _result(run: _Recurrence, best: _Verified, last: _Verified, status: str) -> SolveResult:
+    """The best point that was verified; the last one says whether the numbers are still finite."""
+    if status == "stagnated" and run.is_stationary_at(best):
+        status = "least_squares"
+    if not math.isfinite(last.norm):
+        status = "non_finite"
+    return SolveResult(
+        best.x, status, run.iteration, best.norm, best.quadratic, run.products, run.nonpositive
+    )
 
 
 def _iterate(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curvature: bool) -> str:
@@ -149,7 +164,19 @@ class _Recurrence:
         self.iteration, self.products = 0, 0
         self.nonpositive: Tensor | None = None
         x = b.new_zeros(b.shape) if x0 is None else x0.to(b)
-        self.start(_Verified(x, b if x0 is None else b - self._multiply(x), math.inf, 0.0))
+        residual = b if x0 is None else b - self._multiply(x)
+        norm, quadratic = torch.stack([residual.norm(), x.dot(b - residual)]).tolist()
+        self._size = 0.0
+        self.first = _Verified(x, residual, norm, quadratic)
+        self.start(self.first)
+
+    @property
+    def is_preconditioned(self) -> bool:
+        return self._M is not None
+
+    def drop_preconditioner(self) -> None:
+        """Go on without, from the next start."""
+        self._M = None
 
     def _multiply(self, v: Tensor) -> Tensor:
         self.products += 1
@@ -183,13 +210,15 @@ class _Recurrence:
     def extend(self) -> None:
         """One Lanczos step: one product, and the entries of the next column of the triangular factor."""
         self._v = self._y / self.beta
-        y = self._multiply(self._v)
+        y = Av = self._multiply(self._v)
         y = y - (self.beta / self._beta_old) * self._r_old
         alpha = self._v.dot(y)
         y = y - (alpha / self.beta) * self._r
         self._r_old, self._r = self._r, y
         self._y = y if self._M is None else self._M @ y
-        self.alpha, squared = torch.stack([alpha, y.dot(self._y)]).tolist()
+        numbers = torch.stack([alpha, y.dot(self._y), Av.norm(), self._v.norm()])
+        self.alpha, squared, length, own_length = numbers.tolist()
+        self._size = max(self._size, length / own_length if own_length > 0 else 0.0)
         self._beta_old, self.beta = self.beta, self._root(squared)
         self._norm = max(self._norm, math.hypot(self.alpha, self.beta))
         self.delta = self._cs * self._dbar + self._sn * self.alpha
@@ -209,10 +238,9 @@ class _Recurrence:
         return math.hypot(self.gamma_bar, self._next_dbar) <= math.sqrt(eps) * self._norm
 
     def is_stationary_at(self, point: _Verified) -> bool:
-        """The same with the true residual, ten times as loose: one product."""
-        z = point.residual if self._M is None else self._M @ point.residual
-        Az, limit = self._multiply(z), 10 * math.sqrt(torch.finfo(self._b.dtype).eps) * self._norm
-        return float(Az.norm()) <= limit * float(z.norm()) * (self.scale**2 if self._M is not None else 1.0)
+        """The same with the true residual, ten times as loose, in the Euclidean norm: one product."""
+        Ar, limit = self._multiply(point.residual), 10 * math.sqrt(torch.finfo(self._b.dtype).eps)
+        return float(Ar.norm()) <= limit * self._size * point.norm
 
     def agrees(self, point: _Verified) -> bool:
         """Whether the true residual is the recurrence's, to a tenth."""

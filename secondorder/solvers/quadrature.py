@@ -143,7 +143,7 @@ def decomposed(A: Any, like: Tensor) -> SpectralDensity:
     """The distribution from the eigenvalues themselves."""
     matrix = dense(A, like)
     check_finite(matrix)
-    values = torch.linalg.eigvalsh(matrix)
+    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
     products = 0 if isinstance(A, Tensor) else len(values)
     weights = torch.full_like(values, 1 / max(len(values), 1))
     return SpectralDensity(values[None], weights[None], products, is_exact=True)
