@@ -1,5 +1,7 @@
 """Curvature operators against dense float64 matrices."""
 
+from functools import partial
+
 import oracles
 import pytest
 import torch
@@ -515,3 +517,78 @@ def test_targets_of_the_empirical_fisher_do_not_broadcast():
             fvp(lambda w: x @ w, w, w, kind="empirical", targets=targets)
     with pytest.raises(TypeError, match="targets must be classes of dtype torch.int64, got torch.float32"):
         fvp(lambda w: x @ w, w, w, kind="empirical", targets=torch.zeros(6))
+
+
+class TestPositions:
+    """Classes at several positions of a sample, as in segmentation and language models: shape (N, C, T)."""
+
+    @staticmethod
+    def outputs():
+        w = zoo.vector(6, 1).requires_grad_()
+        x = zoo.vector(2 * 3 * 4 * 6, 2).view(2, 3, 4, 6)
+        return (x @ w).tanh(), w
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_fisher_is_the_gauss_newton_matrix(self, reduction):
+        outputs, w = self.outputs()
+        targets = torch.randint(3, (2, 4))
+        loss = F.cross_entropy(outputs, targets, reduction=reduction)
+        expected = GaussNewton(loss, outputs, [w]).dense()
+        got = Fisher(outputs, [w], reduction=reduction)
+        torch.testing.assert_close(got.dense(), expected, **TOLERANCE)
+        drawn = Fisher(outputs, [w], reduction=reduction, num_samples=4000).dense()
+        assert (drawn - expected).norm() <= 0.1 * expected.norm()
+
+    def test_empirical_fisher_product_has_one_score_a_position(self):
+        outputs, w = self.outputs()
+        targets = torch.randint(3, (2, 4))
+        losses = F.cross_entropy(outputs, targets, reduction="none").reshape(-1)
+        expected = EmpiricalFisher(losses, [w]).dense()
+        x = zoo.vector(2 * 3 * 4 * 6, 2).view(2, 3, 4, 6)
+        columns = [
+            fvp(lambda w: (x @ w).tanh(), w.detach(), e, kind="empirical", targets=targets)[1]
+            for e in torch.eye(6, dtype=torch.float64)
+        ]
+        torch.testing.assert_close(torch.stack(columns, dim=1), expected, **TOLERANCE)
+
+
+def test_sums_and_means_of_the_empirical_fisher():
+    w = torch.ones(2, requires_grad=True)
+    losses = torch.tensor([[1.0, 0.0], [0.0, 2.0]]) @ w
+    mean, total = EmpiricalFisher(losses, [w]).dense(), EmpiricalFisher(losses, [w], reduction="sum").dense()
+    torch.testing.assert_close(total, 2 * mean)
+    torch.testing.assert_close(EmpiricalFisher(losses, [w], reduction="sum").diagonal(), total.diagonal())
+
+
+def test_a_wrong_second_derivative_is_refused_where_the_graph_is_given():
+    v = torch.ones(3, 2, requires_grad=True)
+    loss = torch._weight_norm(v, torch.ones(3, 1), 0).pow(3).sum()
+    with pytest.raises(RuntimeError, match="second derivative of weight_norm is wrong"):
+        Hessian(loss, [v])
+
+
+def test_restricted_jacobian_after_its_transpose_was_used():
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    J = Jacobian(a * 2 + b * 3, [a, b])
+    assert (J.T @ torch.ones(2)).tolist() == [2.0, 2.0, 3.0, 3.0]
+    second = J.restrict([1])
+    assert second.T.shape == (2, 2)
+    assert (second.T @ torch.ones(2)).tolist() == [3.0, 3.0]
+
+
+def test_products_that_carry_a_graph_use_no_closed_form():
+    """Its softmax is taken at detached outputs: third derivatives would be lost."""
+    x, w = zoo.vector(8, 1).view(4, 2), zoo.vector(6, 2).view(2, 3).requires_grad_()
+    targets, v = torch.tensor([0, 1, 2, 0]), zoo.vector(6, 3).view(2, 3)
+    loss = partial(F.cross_entropy, target=targets)
+    product = ggnvp(lambda w: x @ w, loss, w, v, create_graph=True)[1]
+    (third,) = torch.autograd.grad((product * v).sum(), w)
+
+    def along(point):
+        return (torch.autograd.functional.hvp(lambda w: loss(x @ w), point, v)[1] * v).sum()
+
+    expected = oracles.central_gradient(along, w.detach())
+    torch.testing.assert_close(third, expected, rtol=1e-6, atol=1e-8)
+    drawn = fvp(lambda w: x @ w, w, v, create_graph=True)[1]
+    (third,) = torch.autograd.grad((drawn * v).sum(), w)
+    torch.testing.assert_close(third, expected, rtol=1e-6, atol=1e-8)

@@ -424,3 +424,21 @@ def test_samples_that_are_left_out_or_missing():
     whole = objective(case, batches, l2=0.0)
     torch.testing.assert_close(whole.value(), case.value().detach())
     assert bool((whole.hessian() @ torch.ones(37, dtype=DOUBLE)).isfinite().all())
+
+
+def test_drawn_targets_differ_between_batches():
+    """The same inputs in two batches: with one seed for both, the draws would be copies."""
+    x = torch.randn(4, 3, dtype=DOUBLE)
+    model = nn.Linear(3, 3, dtype=DOUBLE)
+    data = torch.cat([x, x]), torch.zeros(8, dtype=torch.long)
+    whole = Objective(model, F.cross_entropy, data, batch_size=4)
+    both = whole.fisher(num_samples=1).dense()
+    one = Objective(model, F.cross_entropy, (x, data[1][:4])).fisher(num_samples=1).dense()
+    assert not torch.allclose(both, one)
+
+
+def test_samples_are_counted_from_inputs_where_targets_are_no_tensor():
+    model, x = nn.Linear(3, 1), torch.randn(5, 3)
+    batches = [(x[:2], None), (x[2:], None)]
+    value = Objective(model, lambda z, _: z.square().mean(), batches).value()
+    torch.testing.assert_close(value, model(x).square().mean().detach())

@@ -9,8 +9,8 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secondorder import FunctionOperator
-from secondorder.solvers import STATUS_TEXT, cg, direct, spectrum, steihaug, trust_region
+from secondorder import FunctionOperator, MatrixOperator
+from secondorder.solvers import STATUS_TEXT, block_cg, cg, direct, spectrum, steihaug, trust_region
 from secondorder.solvers.cg import ConjugateDirections
 
 SIZES, SEEDS = st.integers(1, 20), st.integers(0, 2**16)
@@ -330,3 +330,34 @@ def test_steihaug_does_not_claim_what_it_has_not_reached():
     assert result.residual_norm == pytest.approx(true, rel=1e-3)
     assert (result.status == "converged") == (true <= 1e-5 * float(b.norm()))
     assert result.status == "stagnated"
+
+
+def test_options_reach_the_iteration(spd_system):
+    A, b = spd_system
+    loose = steihaug(A, b, 1e6, rtol=0.0, atol=0.5 * float(b.norm()))
+    assert loose.status == "converged"
+    assert loose.iterations < steihaug(A, b, 1e6, rtol=1e-8).iterations
+    result = MatrixOperator(A).solve(b, solver="cg", max_iter=3)
+    assert (result.status, result.iterations) == ("max_iter", 3)
+    assert MatrixOperator(A).solve(b, solver="minres", max_iter=3).iterations == 3
+    assert MatrixOperator(A).solve(b, solver="lsmr", max_iter=3).iterations == 3
+
+
+def test_a_step_to_the_boundary_of_a_large_ball_does_not_cancel():
+    """``x`` near the boundary, and a direction along it: the positive root loses no digits."""
+    A = torch.diag(torch.tensor([1.0, -1e-6], dtype=torch.float64))
+    b = torch.tensor([1.0, 1e-7], dtype=torch.float64)
+    for radius in (1e3, 1e8):
+        result = steihaug(A, b, radius, rtol=1e-12)
+        assert float(result.x.norm()) == pytest.approx(radius, rel=1e-12)
+
+
+def test_block_tolerance_is_the_larger_of_the_two():
+    A, B = zoo.spd_matrix(30, 1e3, 1), torch.stack([zoo.vector(30, 2), 1e-3 * zoo.vector(30, 3)], dim=1)
+    result = block_cg(A, B, rtol=1e-2, atol=0.05)
+    tight = block_cg(A, B, rtol=1e-9)
+    assert result.iterations < tight.iterations
+    limits = (1e-2 * B.norm(dim=0)).clamp(min=0.05)
+    assert all(c.residual_norm <= limit for c, limit in zip(result.columns, limits.tolist(), strict=True))
+    # The small column meets the absolute one at once.
+    assert result.columns[1].residual_norm > 1e-2 * float(B[:, 1].norm())
