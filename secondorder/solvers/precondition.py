@@ -5,6 +5,7 @@ Both keep what they learned of ``A`` apart from the damping, so that another dam
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,39 +15,54 @@ from secondorder.solvers._checks import check_count, check_symmetric, domain
 from secondorder.solvers._probes import gaussian, multiply
 
 
-class DiagonalPreconditioner:
+class _Preconditioner(ABC):
+    """A symmetric operator of the shape of a system.
+
+    Attributes:
+        shape: ``(n, n)``.
+        dtype: Of the vectors it takes and gives.
+        device: Of the vectors it takes and gives.
+        is_symmetric: True.
+    """
+
+    is_symmetric = True
+
+    def __init__(self, like: Tensor) -> None:
+        self.shape = (len(like), len(like))
+        self.dtype, self.device = like.dtype, like.device
+
+    @abstractmethod
+    def _apply(self, r: Tensor) -> Tensor:
+        """The product with a vector (n,) or a block (n, k), checked before."""
+
+    def __matmul__(self, r: Tensor) -> Tensor:
+        n = self.shape[0]
+        if not isinstance(r, Tensor):
+            raise TypeError(f"r must be a tensor, got {type(r).__name__}.")
+        if r.ndim not in (1, 2) or r.shape[0] != n:
+            raise ValueError(f"r must have shape ({n},) or ({n}, k), got {tuple(r.shape)}.")
+        if r.dtype != self.dtype:
+            raise TypeError(f"r must have dtype {self.dtype}, got {r.dtype}; convert one of them.")
+        if r.device != self.device:
+            raise ValueError(f"r must be on {self.device}, got {r.device}; move one of them.")
+        return self._apply(r)
+
+
+class DiagonalPreconditioner(_Preconditioner):
     """``M = (diag(d) + damping I)^-power``; see ``diagonal_preconditioner``.
 
     Attributes:
         diagonal: ``d``, shape (n,).
         damping: What is added to it.
         power: The exponent, without its sign.
-        is_symmetric: True.
     """
 
-    is_symmetric = True
-
     def __init__(self, diagonal: Tensor, damping: float, power: float) -> None:
+        super().__init__(diagonal)
         self.diagonal, self.damping, self.power = diagonal, damping, power
         self._factors = (diagonal + damping) ** -power
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(n, n)``."""
-        return len(self.diagonal), len(self.diagonal)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the vectors it takes and gives."""
-        return self.diagonal.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the vectors it takes and gives."""
-        return self.diagonal.device
-
-    def __matmul__(self, r: Tensor) -> Tensor:
-        _check_vector(self, r)
+    def _apply(self, r: Tensor) -> Tensor:
         return self._factors * r if r.ndim == 1 else self._factors[:, None] * r
 
     def with_damping(self, damping: float) -> DiagonalPreconditioner:
@@ -104,7 +120,7 @@ def diagonal_preconditioner(
     return DiagonalPreconditioner(diagonal, damping, power)
 
 
-class NystromPreconditioner:
+class NystromPreconditioner(_Preconditioner):
     """``M = U diag((floor + damping) / (values + damping)) U^T + (I - U U^T)``; see ``nystrom``.
 
     ``floor`` is the smallest value: what is left of ``A`` is taken to lie about there.
@@ -113,32 +129,14 @@ class NystromPreconditioner:
         values: Approximate eigenvalues of ``A``, descending, not negative, shape (rank,).
         vectors: Approximate eigenvectors ``U``, orthonormal columns, shape (n, rank).
         damping: The multiple of the identity in the system.
-        is_symmetric: True.
     """
 
-    is_symmetric = True
-
     def __init__(self, values: Tensor, vectors: Tensor, damping: float) -> None:
+        super().__init__(vectors)
         self.values, self.vectors, self.damping = values, vectors, damping
         self._changes = (values[-1] + damping) / (values + damping) - 1
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(n, n)``."""
-        return len(self.vectors), len(self.vectors)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the vectors it takes and gives."""
-        return self.vectors.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the vectors it takes and gives."""
-        return self.vectors.device
-
-    def __matmul__(self, r: Tensor) -> Tensor:
-        _check_vector(self, r)
+    def _apply(self, r: Tensor) -> Tensor:
         along = self.vectors.T @ r
         return r + self.vectors @ (self._changes * along if r.ndim == 1 else self._changes[:, None] * along)
 
@@ -220,18 +218,6 @@ def _root(core: Tensor, sketch: Tensor) -> Tensor:
     floor = len(values) * torch.finfo(values.dtype).eps * values.abs().amax()
     is_kept = values > floor
     return (sketch @ vectors) * torch.where(is_kept, torch.where(is_kept, values, 1.0).rsqrt(), 0.0)
-
-
-def _check_vector(M: DiagonalPreconditioner | NystromPreconditioner, r: Tensor) -> None:
-    n = M.shape[0]
-    if not isinstance(r, Tensor):
-        raise TypeError(f"r must be a tensor, got {type(r).__name__}.")
-    if r.ndim not in (1, 2) or r.shape[0] != n:
-        raise ValueError(f"r must have shape ({n},) or ({n}, k), got {tuple(r.shape)}.")
-    if r.dtype != M.dtype:
-        raise TypeError(f"r must have dtype {M.dtype}, got {r.dtype}; convert one of them.")
-    if r.device != M.device:
-        raise ValueError(f"r must be on {M.device}, got {r.device}; move one of them.")
 
 
 def _check_damping(damping: float) -> None:
