@@ -162,17 +162,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 operator, description = self._curvature(evaluation)
             self._check_returned(evaluation)
-        counter = Counter(PRODUCT_COST[type(operator)])
-        decay = WeightDecay.of(self.param_groups)
-        model = _model(evaluation, operator, decay)
-        operator, outcome = model.curvature, self._nothing_to_do(model)
-        if outcome is None and self._is_direct(operator):
-            operator = MatrixOperator(operator.dense(), is_symmetric=True)
-            counter.add_products(operator.shape[0])
-            if not bool(operator.dense().isfinite().all()):
-                outcome = _Outcome("non_finite")
-        if outcome is None:
-            outcome = self._search(model._replace(curvature=operator), evaluator, decay, counter)
+            counter = Counter(PRODUCT_COST[type(operator)])
+            decay = WeightDecay.of(self.param_groups)
+            model = _model(evaluation, operator, decay)
+            operator, outcome = model.curvature, self._nothing_to_do(model)
+            if outcome is None and self._is_direct(operator):
+                operator = MatrixOperator(operator.dense(), is_symmetric=True)
+                counter.add_products(operator.shape[0])
+                if not bool(operator.dense().isfinite().all()):
+                    outcome = _Outcome("non_finite")
+            if outcome is None:
+                outcome = self._search(model._replace(curvature=operator), evaluator, decay, counter)
         if outcome.taken is not None:
             for parameter, part in zip(parameters, unflatten(outcome.taken.step, parameters), strict=True):
                 parameter.add_(part.to(parameter.dtype))

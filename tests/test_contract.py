@@ -336,3 +336,38 @@ def test_a_tensor_lr(make):
     start = case.value().item()
     run(optimizer, closure_of(case, optimizer), 3)
     assert case.value().item() < start
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_in_a_solve_leaves_everything_as_it_was(make, error, monkeypatch):
+    case = zoo.network("mlp_mse")
+    optimizer = make(case.model.parameters())
+    run(optimizer, closure_of(case, optimizer), 2)
+    parameters = list(case.model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    grads = [p.grad for p in parameters]
+    copies = [g.clone() for g in grads]
+    random = torch.get_rng_state()
+    state = copy.deepcopy(optimizer.state_dict())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = case.value() + 0 * torch.rand(())
+        loss.backward()
+        return loss
+
+    def interrupted(model):
+        raise error("in the solve")
+
+    monkeypatch.setattr(optimizer, "_solve", interrupted)
+    with pytest.raises(error, match="in the solve"):
+        optimizer.step(closure)
+    assert all(map(torch.equal, parameters, before))
+    assert all(p.grad is g for p, g in zip(parameters, grads, strict=True))
+    assert all(map(torch.equal, grads, copies))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert optimizer.state_dict()["param_groups"] == state["param_groups"]
+    monkeypatch.undo()
+    start = case.value().item()
+    run(optimizer, closure, 1)
+    assert case.value().item() < start
