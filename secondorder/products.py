@@ -54,7 +54,8 @@ def ggnvp(
         RuntimeError: ``v`` is missing or has the wrong sizes; ``loss`` does not return a scalar; ``strict``
             found no dependence.
 
-    Cost: about 2.7 gradients; ``GaussNewton`` keeps the graph for further products at 1.1 to 1.7.
+    Cost: about 2.7 gradients, and up to 2.5 times the peak memory of one; ``GaussNewton`` keeps the graph for
+    further products at 0.9 to 1.6.
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
 
@@ -117,7 +118,7 @@ def fvp(
             no use; ``num_samples`` is not positive.
         RuntimeError: ``v`` is missing or has the wrong sizes; ``strict`` found no dependence.
 
-    Cost: about 2.7 gradients.
+    Cost: about 2.7 gradients, and up to 2.5 times the peak memory of one.
 
     Reference: Martens (2020), New insights and perspectives on the natural gradient method, sections 5 and
         11.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from bench import BUILDERS
 from memory import PeakMemory, peak_bytes
 
-from secondorder import GaussNewton, Hessian
+from secondorder import GaussNewton, Hessian, functional, fvp, ggnvp
 
 # What is held between products, and what a product adds to that, in peaks of a gradient: at most, over the
 # three networks of the benchmarks.
@@ -42,3 +42,33 @@ def test_peak_memory_is_what_the_docstrings_state(build, name, keep_graph):
     limits = LIMITS[name, keep_graph]
     assert held <= limits[0] * gradient
     assert added <= limits[1] * gradient
+
+
+# Peaks of one call, in peaks of a gradient.
+FUNCTIONAL = {"hvp": 3.05, "vhp": 3.05, "jvp": 2.35, "ggnvp": 2.5, "fvp": 2.5}
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+@pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
+def test_peak_memory_of_one_call(build, name):
+    model, x, targets = build()
+    parameters = list(model.parameters())
+    names = [key for key, _ in model.named_parameters()]
+    values = tuple(p.detach() for p in parameters)
+    v = tuple(map(torch.ones_like, values))
+
+    def outputs(*values):
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    def loss(z):
+        return F.cross_entropy(z, targets)
+
+    calls = {
+        "hvp": lambda: functional.hvp(lambda *w: loss(outputs(*w)), values, v),
+        "vhp": lambda: functional.vhp(lambda *w: loss(outputs(*w)), values, v),
+        "jvp": lambda: functional.jvp(outputs, values, v),
+        "ggnvp": lambda: ggnvp(outputs, loss, values, v),
+        "fvp": lambda: fvp(outputs, values, v),
+    }
+    gradient = peak_bytes(lambda: torch.autograd.grad(loss(model(x)), parameters))
+    assert peak_bytes(calls[name]) <= FUNCTIONAL[name] * gradient
