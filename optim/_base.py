@@ -10,7 +10,7 @@ import math
 import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from optim._decay import WeightDecay, spread
 from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
 from optim._options import check_not_negative
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
-from secondorder import Block, GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
+from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
 from secondorder.flat import unflatten
 
 # Cost of a product on the kept graph, in gradients of a deep network.
@@ -285,17 +285,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """The Gauss-Newton matrix, or the Hessian with a warning where it would miss a term."""
         blocks, description, is_whole = evaluation.coverage
         name, parameters = type(self).__name__, self._parameters()
-        if description.startswith("explicit") and not _is_curved(blocks, parameters):
-            blocks = ()
+        operator = GaussNewton.of_blocks(blocks, parameters) if blocks else None
+        if operator is not None and description.startswith("explicit") and not operator.has_curvature():
+            operator = None
             description = "the loss is linear in the outputs that were returned (log-probabilities?)"
-        if blocks and is_whole:
-            return GaussNewton.of_blocks(blocks, parameters), f"gauss-newton ({description})"
-        if blocks:
-            self._warn_or_raise(
-                f"{name} was given outputs that do not carry the whole loss: {description}.",
-                "The curvature of what enters past them is left out.",
-            )
-            return GaussNewton.of_blocks(blocks, parameters), f"gauss-newton ({description})"
+        if operator is not None:
+            if not is_whole:
+                self._warn_or_raise(
+                    f"{name} was given outputs that do not carry the whole loss: {description}.",
+                    "The curvature of what enters past them is left out.",
+                )
+            return operator, f"gauss-newton ({description})"
         self._warn_or_raise(
             f"{name} found no Gauss-Newton matrix for the whole objective: {description}. Use the losses of"
             " torch.nn.functional, or let the closure return (loss, outputs), with outputs the tensor that a"
@@ -339,10 +339,6 @@ def _model(evaluation: Evaluation, curvature: LinearOperator, decay: WeightDecay
         curvature = curvature + decay.diagonal(gradient)
         gradient, value = gradient + decay.gradient(gradient), value + decay.value()
     return QuadraticModel(value, gradient, curvature)
-
-
-def _is_curved(blocks: Sequence[Block], parameters: Sequence[Tensor]) -> bool:
-    return GaussNewton.of_blocks(blocks, parameters).has_curvature()
 
 
 class _Outcome(NamedTuple):

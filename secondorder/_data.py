@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,8 @@ class Batches:
         self._source = _source(data, batch_size)
         self._random = _Randomness(self._source)
 
-    def walk(self, description: str | None = None) -> Iterator[Batch]:
-        """One pass; with a description, under a progress bar."""
+    def walk(self, description: str | None = None) -> Generator[Batch, None, None]:
+        """One pass, to be closed; with a description, under a progress bar."""
         bar = tqdm(self._source, desc=description, unit="batch", leave=False, disable=description is None)
         with self._random.replayed(), bar:
             for index, batch in enumerate(bar):

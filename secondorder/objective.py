@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -189,31 +190,37 @@ class Objective:
 
         return OverBatches(self, "empirical_fisher", build, keep_graph)
 
-    def operators(self, name: str, build: Build) -> Iterator[tuple[ParameterOperator, int]]:
-        """The operator of each batch, with the number of its samples."""
-        for index, batch in enumerate(self._walk(name)):
-            with torch.enable_grad():
-                yield self._ladder.climb(lambda: tried(build(batch, index))), count_samples(batch)  # noqa: B023
+    def operators(self, name: str, build: Build) -> Generator[tuple[ParameterOperator, int], None, None]:
+        """The operator of each batch, with the number of its samples; to be closed."""
+        with contextlib.closing(self._walk(name)) as batches:
+            for index, batch in enumerate(batches):
+                with torch.enable_grad():
+                    built = [self._ladder.climb(lambda: tried(build(batch, index)))]  # noqa: B023
+                # Nothing here holds on to its graph.
+                yield built.pop(), count_samples(batch)
 
     def _sum(self, name: str, on_batch: Callable[[Batch, int], Tensor]) -> tuple[Tensor, int]:
         """Sum over batches, a mean being weighted with the batch's size, and the number of samples."""
         total, samples = None, 0
-        for index, batch in enumerate(self._walk(name)):
-            n = count_samples(batch)
-            samples += n
-            part = on_batch(batch, index) * (n if self.reduction == "mean" else 1)
-            total = part if total is None else total + part
+        # Closed at once, also after an exception: it is then that the random state comes back.
+        with contextlib.closing(self._walk(name)) as batches:
+            for index, batch in enumerate(batches):
+                n = count_samples(batch)
+                samples += n
+                part = on_batch(batch, index) * (n if self.reduction == "mean" else 1)
+                total = part if total is None else total + part
         if total is None:
             raise ValueError("data must hold at least one sample, got none.")
         self._is_checked = True
         return total, samples
 
-    def _walk(self, name: str) -> Iterator[Batch]:
+    def _walk(self, name: str) -> Generator[Batch, None, None]:
         """One pass over the batches, with a model that may have changed its mode since."""
         check_deterministic(self.model)
-        for batch in self._batches.walk(name if self._progress else None):
-            if count_samples(batch):
-                yield batch
+        with contextlib.closing(self._batches.walk(name if self._progress else None)) as batches:
+            for batch in batches:
+                if count_samples(batch):
+                    yield batch
 
     def _reduced(self, total: Tensor, samples: int) -> Tensor:
         return total / samples if self.reduction == "mean" else total
@@ -290,15 +297,19 @@ class OverBatches(LinearOperator):
         objective = self._objective
         total, samples = torch.zeros((), dtype=self.dtype, device=self.device), 0
         kept: list[tuple[ParameterOperator, int]] = []
-        for operator, n in self._kept or objective.operators(self._name, self._build):
-            total = total + of_batch(operator) * (n if objective.reduction == "mean" else 1)
-            if self._keep_graph or (self._keep_graph is None and samples == 0):
-                kept.append((operator, n))
-            else:
-                kept.clear()
-            samples += n
-            # Its graph goes before the next batch comes.
-            del operator
+        with contextlib.ExitStack() as stack:
+            operators: Iterable[tuple[ParameterOperator, int]] = self._kept or stack.enter_context(
+                contextlib.closing(objective.operators(self._name, self._build))
+            )
+            for operator, n in operators:
+                total = total + of_batch(operator) * (n if objective.reduction == "mean" else 1)
+                if self._keep_graph or (self._keep_graph is None and samples == 0):
+                    kept.append((operator, n))
+                else:
+                    kept.clear()
+                samples += n
+                # Its graph goes before the next batch comes.
+                del operator
         if not samples:
             raise ValueError("data must hold at least one sample, got none.")
         self._kept = kept or None

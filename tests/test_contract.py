@@ -182,7 +182,20 @@ def resumed(optimizer, make, parameters):
     file.seek(0)
     again = make(parameters)
     again.load_state_dict(torch.load(file, weights_only=True))
+    if next(iter(again.param_groups[0]["params"])).dtype == optimizer.param_groups[0]["params"][0].dtype:
+        assert_same_state(again.state_dict(), optimizer.state_dict())
     return again
+
+
+def assert_same_state(ours, theirs):
+    """Bit for bit."""
+    # torch adds a "differentiable" of its own when it loads.
+    for group, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        assert {name: group[name] for name in other} == other
+    assert ours["state"].keys() == theirs["state"].keys()
+    for key, state in ours["state"].items():
+        assert state.keys() == theirs["state"][key].keys()
+        assert all(torch.equal(value, theirs["state"][key][name]) for name, value in state.items())
 
 
 def test_copies_and_checkpoints_go_on_alike(make):

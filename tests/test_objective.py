@@ -442,3 +442,45 @@ def test_samples_are_counted_from_inputs_where_targets_are_no_tensor():
     batches = [(x[:2], None), (x[2:], None)]
     value = Objective(model, lambda z, _: z.square().mean(), batches).value()
     torch.testing.assert_close(value, model(x).square().mean().detach())
+
+
+def test_an_exception_in_a_pass_leaves_no_trace():
+    """Random state and grad mode are back when it is caught, not when the traceback is thrown away."""
+    case, calls = zoo.network("mlp_mse"), []
+
+    def breaks(module, inputs):
+        calls.append(torch.is_grad_enabled())
+        if len(calls) == 2:
+            torch.rand(3)
+            raise KeyboardInterrupt
+
+    case.model.register_forward_pre_hook(breaks)
+    whole = objective(case, DataLoader(TensorDataset(case.inputs, case.targets), batch_size=4, shuffle=True))
+    torch.rand(5)
+    H, v = whole.hessian(), torch.ones(37, dtype=DOUBLE)
+    for call in (whole.value, whole.gradient, lambda: H @ v):
+        calls.clear()
+        state = torch.get_rng_state(), random.getstate()
+        with torch.no_grad():
+            try:
+                call()
+            except KeyboardInterrupt:
+                assert torch.equal(torch.get_rng_state(), state[0])
+                assert random.getstate() == state[1]
+                assert not torch.is_grad_enabled()
+            else:
+                pytest.fail("the pass went through")
+
+
+def test_products_run_in_the_grad_mode_of_the_caller():
+    case, modes = zoo.network("mlp_mse"), []
+    H = objective(case, batch_size=4).hessian()
+
+    def product(operator):
+        modes.append(torch.is_grad_enabled())
+        return operator @ torch.ones(37, dtype=DOUBLE)
+
+    H._sum(product)
+    with torch.no_grad():
+        H._sum(product)
+    assert modes == [True] * 3 + [False] * 3

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # From harmless to grave: of a block, the gravest status counts.
 STATUS_TEXT = {
     "converged": "the residual is within the tolerance",
-    "least_squares": "the residual is orthogonal to the range of A to tolerance: it is the least there is",
+    "least_squares": "the residual is orthogonal to the range of A to tolerance: no less is in sight",
     "boundary": "the step reached the trust radius",
     "hard_case": "b misses the lowest eigenspace; x is completed along it up to the trust radius",
     "stopped": "the callback asked to stop",
