@@ -1,6 +1,6 @@
 """Second-order optimizers for PyTorch: swap in where ``torch.optim.LBFGS`` or ``Adam`` stood."""
 
-from optim._base import StepReport
+from optim._report import StepReport
 from optim.gauss_newton import GaussNewton
 from optim.hessian_free import HessianFree
 from optim.minimize import MinimizeResult, minimize

@@ -6,20 +6,27 @@ which options are allowed (``_check_options``); everything else is here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from optim._decay import WeightDecay, spread
 from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
 from optim._options import check_not_negative
+from optim._report import StepReport
+from optim._scaling import scaled, unscaled
+from optim.closure.accumulation import Accumulation
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
+from optim.closure.replay import Replay, ReplayEvaluator
 from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
 from secondorder.flat import unflatten
 
@@ -33,59 +40,27 @@ OF_GROUPS = ("lr", "weight_decay", "damping_scale")
 MISMATCH = 1e-3
 
 
-class StepReport(NamedTuple):
-    """What the last step did.
-
-    Attributes:
-        loss: What is minimised, before the step: the closure's loss (negated with ``maximize``) and the
-            weight decay.
-        new_loss: The same after it; equal to ``loss`` where no step was taken.
-        accepted: Whether the parameters moved.
-        rho: Reduction ratio, actual over predicted decrease, of the last full solution of the model, before
-            any line search; NaN when there was none.
-        damping: Damping for the next step; 0.0 for a method with a radius.
-        radius: Trust radius for the next step; infinity for a method with damping.
-        gradient_norm: Euclidean norm of the gradient before the step.
-        step_norm: Euclidean norm of the step taken.
-        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``), or "zero_gradient", "zero_lr",
-            "non_finite" where there was nothing to solve.
-        iterations: Of the solver, all trials together.
-        trials: Systems solved.
-        curvature: Which curvature was used, and why.
-        gradient_equivalents: Cost of the step, in gradients.
-    """
-
-    loss: float
-    new_loss: float
-    accepted: bool
-    rho: float
-    damping: float
-    radius: float
-    gradient_norm: float
-    step_norm: float
-    status: str
-    iterations: int
-    trials: int
-    curvature: str
-    gradient_equivalents: float
-
-    def __repr__(self) -> str:
-        size = f"damping={self.damping:.3g}" if self.radius == math.inf else f"radius={self.radius:.3g}"
-        return (
-            f"StepReport(loss={self.loss:.6g} -> {self.new_loss:.6g}, accepted={self.accepted}, "
-            f"rho={self.rho:.3g}, {size}, gradient_norm={self.gradient_norm:.3g}, "
-            f"step_norm={self.step_norm:.3g}, status={self.status!r}, iterations={self.iterations}, "
-            f"trials={self.trials}, curvature={self.curvature!r}, "
-            f"gradient_equivalents={self.gradient_equivalents:.1f})"
-        )
-
-
 class SecondOrderOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: one ``step`` for all of them."""
 
     report: StepReport | None = None
     # Kinds of the warnings given so far: each is given once.
     _warned: frozenset[str] = frozenset()
+    _model: nn.Module | None = None
+    _replay: Replay | None = None
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None = None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        super().__init__(params, defaults)
+        self._watch(model)
+
+    def _watch(self, model: nn.Module | None) -> None:
+        """Record the calls of the model from now on, for steps without a closure."""
+        self._accumulation = Accumulation()
+        self._model = model
+        itself = weakref.ref(self)
+        self._replay = None if model is None else Replay(model, lambda: _parameters_of(itself()))
 
     @abstractmethod
     def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
@@ -126,61 +101,107 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._check_options(options)
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copy take: the model too, but not what it was seen to do."""
+        return {**super().__getstate__(), "_model": self._model}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; options that a checkpoint of an older version lacks get their defaults."""
         super().__setstate__(state)
+        if "_model" in state:
+            self._watch(self._model)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step: the loss does not increase beyond rounding, and parameters are never NaN.
+
+        Where ``.grad`` holds more than the gradient of the loss that is evaluated (micro-batches outside of
+        the closure), a damped step is taken along it that is not tried, with a warning.
 
         Args:
             closure: Evaluates the model and returns the loss, with or without calling ``backward``; or
-                returns ``(loss, outputs)``. The closure of ``torch.optim.LBFGS`` works as it is.
+                returns ``(loss, outputs)``. The closure of ``torch.optim.LBFGS`` works as it is. None where
+                the optimizer was given ``model=`` and ``backward`` was called already.
 
         Returns:
-            The loss before the step.
+            The loss before the step; None where there is neither a closure nor a gradient, and so no step.
 
         Raises:
             TypeError: ``closure`` is not callable or returns something else; a parameter is complex.
             ValueError: parameters differ in dtype or device.
             RuntimeError: the loss at the current parameters is not finite, not a scalar, or does not
-                depend on the parameters. Parameters, gradients and random state are unchanged.
+                depend on the parameters. Parameters, gradients, buffers and random state are unchanged.
         """
-        if not callable(closure):
-            raise TypeError(
-                f"{type(self).__name__}.step needs a closure that evaluates the model and returns the loss,"
-                f" got {type(closure).__name__}; the closure of torch.optim.LBFGS works as it is."
-            )
         parameters = self._parameters()
-        evaluator = ClosureEvaluator(closure, parameters, -1 if self.param_groups[0]["maximize"] else 1)
-        with evaluator.restored_on_error():
+        evaluator = self._evaluator(closure, parameters)
+        if evaluator is None:
+            return None
+        with evaluator.restored_on_error(), self._unwatched():
             evaluation = evaluator.record()
             with torch.enable_grad():
                 operator, description = self._curvature(evaluation)
             self._check_returned(evaluation)
             counter = Counter(PRODUCT_COST[type(operator)])
             decay = WeightDecay.of(self.param_groups)
-            model = _model(evaluation, operator, decay)
-            operator, outcome = model.curvature, self._nothing_to_do(model)
-            if outcome is None and self._is_direct(operator):
-                operator = MatrixOperator(operator.dense(), is_symmetric=True)
-                counter.add_products(operator.shape[0])
-                if not bool(operator.dense().isfinite().all()):
-                    outcome = _Outcome("non_finite")
+            model = _quadratic_model(evaluation, operator, decay)
+            outcome = self._nothing_to_do(model)
             if outcome is None:
-                outcome = self._search(model._replace(curvature=operator), evaluator, decay, counter)
+                judge = None if evaluation.partial else Judge(model, evaluator, decay, counter)
+                outcome = self._minimise(model, judge, counter)
         if outcome.taken is not None:
             for parameter, part in zip(parameters, unflatten(outcome.taken.step, parameters), strict=True):
                 parameter.add_(part.to(parameter.dtype))
+        self._accumulation.mark(parameters)
+        if self._replay is not None:
+            self._replay.tape.forget()
         self.report = self._report(model, outcome, counter, description)
         return evaluation.loss
 
+    def _evaluator(
+        self, closure: Callable[[], Any] | None, parameters: list[Tensor]
+    ) -> ClosureEvaluator | None:
+        """What evaluates the loss; None where there is nothing to evaluate."""
+        sign = -1 if self.param_groups[0]["maximize"] else 1
+        if closure is None and not any(p.grad is not None and bool(p.grad.any()) for p in parameters):
+            return None
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"closure must be a function that evaluates the model and returns the loss, got"
+                f" {type(closure).__name__}; the closure of torch.optim.LBFGS works as it is."
+            )
+        if self._replay is not None and self._replay.tape.roots:
+            return ReplayEvaluator(self._replay.tape, closure, parameters, sign, self._accumulation)
+        if closure is not None:
+            return ClosureEvaluator(closure, parameters, sign, self._accumulation)
+        name = type(self).__name__
+        if self._replay is None:
+            raise TypeError(
+                f"{name}.step needs a closure that evaluates the model and returns the loss, got None; the"
+                f" closure of torch.optim.LBFGS works as it is. Without one, give {name} model=."
+            )
+        raise RuntimeError(
+            f"{name}.step was called without a closure, but no backward pass through the outputs of model="
+            " was seen since the last step: the module itself must be called, with gradients on, and its"
+            " outputs not pass a torch.autograd.Function or compiled code. Otherwise give step a closure."
+        )
+
+    def _unwatched(self) -> contextlib.AbstractContextManager[None]:
+        """What the model does meanwhile is not recorded."""
+        return contextlib.nullcontext() if self._replay is None else self._replay.suspended()
+
     def _check_returned(self, evaluation: Evaluation) -> None:
         """Warn once when the loss that is judged is not the one that was differentiated."""
+        if evaluation.partial:
+            self._warn_once(
+                "partial",
+                f"{type(self).__name__} took a damped step without trying it, as {evaluation.partial}: the"
+                " loss of one evaluation cannot judge such a step, and the damping does not adapt. Let a"
+                " closure do all of it: zero_grad(), the passes forward and backward, return the loss.",
+            )
+            return
         # Both with the sign of what is minimised.
         differentiated = float(evaluation.objective.detach())
         difference = abs(evaluation.value - differentiated)
@@ -199,27 +220,36 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             return _Outcome("zero_lr")
         return None
 
-    def _search(
-        self, model: QuadraticModel, evaluator: ClosureEvaluator, decay: WeightDecay, counter: Counter
-    ) -> _Outcome:
+    def _minimise(self, model: QuadraticModel, judge: Judge | None, counter: Counter) -> _Outcome:
         """Solve and try, with more damping after each failure, until a step is worth taking."""
-        judge = Judge(model, evaluator, decay, counter)
+        if self._is_direct(model.curvature):
+            dense = MatrixOperator(model.curvature.dense(), is_symmetric=True)
+            counter.add_products(len(dense.dense()))
+            if not bool(dense.dense().isfinite().all()):
+                return _Outcome("non_finite")
+            model = model._replace(curvature=dense)
+        rate, scale = self._of_groups("lr", model.gradient), self._scale(model.gradient)
+        in_scale = scaled(model, scale)
         status = ""
         for _ in range(self.param_groups[0]["max_trials"]):
-            proposal = self._solve(model)
-            counter.trials += 1
-            counter.iterations += proposal.result.iterations
-            counter.add_products(proposal.result.products)
+            proposal = self._solve(in_scale)
+            step_norm = float(proposal.result.x.norm())
+            proposal = unscaled(proposal, scale)
+            counter.add(proposal.result)
             status = proposal.result.status
-            taken = judge.try_out(proposal, self._learning_rates(model.gradient))
-            self._adapt(judge.rho, judge.step_norm)
+            if judge is None:
+                step = rate * proposal.result.x
+                is_finite = bool(step.isfinite().all())
+                return _Outcome(status, taken=Taken(step, math.nan) if is_finite else None)
+            taken = judge.try_out(proposal, rate)
+            self._adapt(judge.rho, step_norm)
             if taken is not None:
                 return _Outcome(status, judge.rho, taken)
-        return _Outcome(status, judge.rho)
+        return _Outcome(status, math.nan if judge is None else judge.rho)
 
     def _parameters(self) -> list[Tensor]:
         """All parameters that can move; one joint model over all groups."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        parameters = _parameters_of(self)
         name = type(self).__name__
         if not parameters:
             raise RuntimeError(f"{name} has no parameter that requires gradients; unfreeze at least one.")
@@ -236,9 +266,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 )
         return parameters
 
-    def _learning_rates(self, like: Tensor) -> float | Tensor:
-        """The factor of the step: a number where all groups agree, else one for each entry."""
-        return self._of_groups("lr", like)
+    def _scale(self, like: Tensor) -> float | Tensor:
+        """The factor of the damping, as ``_of_groups``."""
+        return self._of_groups("damping_scale", like)
 
     def _of_groups(self, name: str, like: Tensor) -> float | Tensor:
         """An option of the groups: a number where all agree, else one for each entry, shape (n,)."""
@@ -316,21 +346,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             warnings.warn(text, stacklevel=_level_of_caller())
 
     @staticmethod
-    def _undamped(result: SolveResult, damping: float | Tensor) -> SolveResult:
-        """With the quadratic of ``B`` in place of that of ``B + damping``, a number or a diagonal."""
-        return result._replace(quadratic=result.quadratic - float(result.x.dot(damping * result.x)))
-
-    def _damping(self, like: Tensor) -> float | Tensor:
-        """The present damping, times the scale of each group: a number, or a diagonal of shape (n,)."""
-        damping: float = self.param_groups[0]["damping"]
-        return damping * self._of_groups("damping_scale", like)
+    def _undamped(result: SolveResult, damping: float) -> SolveResult:
+        """With the quadratic of ``B`` in place of that of ``B + damping``."""
+        return result._replace(quadratic=result.quadratic - damping * float(result.x.dot(result.x)))
 
     def _set_in_all_groups(self, **values: float) -> None:
         for group in self.param_groups:
             group.update(values)
 
 
-def _model(evaluation: Evaluation, curvature: LinearOperator, decay: WeightDecay) -> QuadraticModel:
+def _quadratic_model(evaluation: Evaluation, curvature: LinearOperator, decay: WeightDecay) -> QuadraticModel:
     """The model of loss and weight decay, in at least single precision."""
     gradient, value = evaluation.gradient, evaluation.value
     if curvature.dtype != gradient.dtype:
@@ -339,6 +364,11 @@ def _model(evaluation: Evaluation, curvature: LinearOperator, decay: WeightDecay
         curvature = curvature + decay.diagonal(gradient)
         gradient, value = gradient + decay.gradient(gradient), value + decay.value()
     return QuadraticModel(value, gradient, curvature)
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [p for group in groups for p in group["params"] if p.requires_grad]
 
 
 class _Outcome(NamedTuple):

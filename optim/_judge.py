@@ -10,7 +10,8 @@ from torch import Tensor
 
 from optim import _control
 from optim._decay import WeightDecay
-from optim.closure.evaluate import ClosureEvaluator, trial
+from optim.closure.evaluate import ClosureEvaluator
+from optim.closure.setting import trial
 from secondorder import LinearOperator, SolveResult
 
 # Costs in gradients (one forward and one backward pass, the backward twice the forward).
@@ -60,13 +61,19 @@ class Counter:
         self.trials = 0
         self._product_cost = product_cost
 
+    def add(self, result: SolveResult) -> None:
+        """Count a system that was solved."""
+        self.trials += 1
+        self.iterations += result.iterations
+        self.add_products(result.products)
+
     def add_products(self, number: int) -> None:
         """Count products with the curvature."""
         self.cost += number * self._product_cost
 
 
 class Taken(NamedTuple):
-    """A step worth taking, and the loss after it."""
+    """A step worth taking, and the loss after it; NaN where that is not known."""
 
     step: Tensor
     value: float
@@ -77,7 +84,6 @@ class Judge:
 
     Attributes:
         rho: Reduction ratio of the full solution of the model, before any line search.
-        step_norm: Euclidean norm of that solution, before ``lr``.
     """
 
     def __init__(
@@ -92,12 +98,10 @@ class Judge:
         self._eps = torch.finfo(decay.parameters[0].dtype).eps
         self._counter = counter
         self.rho = math.nan
-        self.step_norm = math.nan
 
     def try_out(self, proposal: Proposal, rate: float | Tensor) -> Taken | None:
         """The step to take, or None: the full one, an earlier iterate, or a shorter one along it."""
         result = proposal.result
-        self.step_norm = float(result.x.norm())
         if isinstance(rate, Tensor):
             # Scaled entry by entry, the step is no longer the model's: the model is judged on its own.
             self._judge_model(result.x, result.quadratic)

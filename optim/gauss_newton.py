@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from optim import _control
@@ -33,6 +33,9 @@ class GaussNewton(SecondOrderOptimizer):
             gradient and curvature, not in ``.grad``. May differ between groups.
         damping_scale: Factor of the damping; may differ between groups.
         maximize: Maximise the closure's loss instead.
+        model: The module that is trained, for steps without a closure: its calls are watched, and what
+            ``backward`` was called on since the last step is computed again. Its parameters may be more, or
+            fewer, than ``params``.
         unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
@@ -73,6 +76,7 @@ class GaussNewton(SecondOrderOptimizer):
         weight_decay: float = 0.0,
         damping_scale: float = 1.0,
         maximize: bool = False,
+        model: nn.Module | None = None,
         **unsupported: Any,
     ) -> None:
         refuse(type(self).__name__, unsupported)
@@ -90,7 +94,7 @@ class GaussNewton(SecondOrderOptimizer):
             damping_scale=damping_scale,
             maximize=maximize,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, model)
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
@@ -104,11 +108,9 @@ class GaussNewton(SecondOrderOptimizer):
 
     def _solve(self, model: QuadraticModel) -> Proposal:
         group = self.param_groups[0]
-        damping = self._damping(model.gradient)
+        damping = group["damping"]
         if isinstance(model.curvature, MatrixOperator):
-            if isinstance(damping, float):
-                return Proposal(direct(model.curvature.spectrum, -model.gradient, damping=damping))
-            return Proposal(self._undamped(direct(model.curvature + damping, -model.gradient), damping))
+            return Proposal(direct(model.curvature.spectrum, -model.gradient, damping=damping))
         result = cg(
             model.curvature + damping, -model.gradient, rtol=group["rtol"], max_iter=group["max_iter"]
         )

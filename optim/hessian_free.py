@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from optim import _control
@@ -40,6 +40,9 @@ class HessianFree(SecondOrderOptimizer):
             gradient and curvature, not in ``.grad``. May differ between groups.
         damping_scale: Factor of the damping; may differ between groups.
         maximize: Maximise the closure's loss instead.
+        model: The module that is trained, for steps without a closure: its calls are watched, and what
+            ``backward`` was called on since the last step is computed again. Its parameters may be more, or
+            fewer, than ``params``.
         unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
@@ -83,6 +86,7 @@ class HessianFree(SecondOrderOptimizer):
         weight_decay: float = 0.0,
         damping_scale: float = 1.0,
         maximize: bool = False,
+        model: nn.Module | None = None,
         **unsupported: Any,
     ) -> None:
         refuse(type(self).__name__, unsupported)
@@ -98,7 +102,7 @@ class HessianFree(SecondOrderOptimizer):
             damping_scale=damping_scale,
             maximize=maximize,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, model)
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
@@ -113,7 +117,7 @@ class HessianFree(SecondOrderOptimizer):
 
     def _solve(self, model: QuadraticModel) -> Proposal:
         group = self.param_groups[0]
-        damping = self._damping(model.gradient)
+        damping = group["damping"]
         stop = RelativeProgress(group["progress"])
         result = cg(
             model.curvature + damping,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from optim import _control
@@ -32,7 +32,12 @@ class Newton(SecondOrderOptimizer):
         max_trials: Solves in one step, each with a smaller radius than the last.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
             gradient and curvature, not in ``.grad``. May differ between groups.
+        damping_scale: A step is measured by ``sqrt(sum_i damping_scale_i p_i^2)``: where it is large, entries
+            move less. May differ between groups.
         maximize: Maximise the closure's loss instead.
+        model: The module that is trained, for steps without a closure: its calls are watched, and what
+            ``backward`` was called on since the last step is computed again. Its parameters may be more, or
+            fewer, than ``params``.
         unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
@@ -69,7 +74,9 @@ class Newton(SecondOrderOptimizer):
         max_iter: int = 250,
         max_trials: int = 10,
         weight_decay: float = 0.0,
+        damping_scale: float = 1.0,
         maximize: bool = False,
+        model: nn.Module | None = None,
         **unsupported: Any,
     ) -> None:
         refuse(type(self).__name__, unsupported)
@@ -82,14 +89,15 @@ class Newton(SecondOrderOptimizer):
             max_iter=max_iter,
             max_trials=max_trials,
             weight_decay=weight_decay,
+            damping_scale=damping_scale,
             maximize=maximize,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, model)
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
         check_lr(options)
-        check_positive(options, "radius", "rtol")
+        check_positive(options, "radius", "damping_scale", "rtol")
         check_count(options, "direct_limit", "max_iter", "max_trials")
         check_choice(options, "solver", SOLVERS)
 

@@ -49,6 +49,10 @@ class WriteGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Write back what was there before."""
         # Last first: a view may have been copied after a write to its base.
         for tensor, copy in reversed(self._copies.values()):
             tensor.data.copy_(copy)
@@ -60,7 +64,7 @@ class WriteGuard:
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """``func(*args, **kwargs)``, with what it writes kept."""
-        for tensor in _written(func, args, kwargs):
+        for tensor in written(func, args, kwargs):
             if _storage(tensor) not in self._made:
                 self._copies.setdefault(id(tensor), (tensor, tensor.detach().clone()))
         result = func(*args, **kwargs)
@@ -70,12 +74,18 @@ class WriteGuard:
         return result
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors that a call writes to."""
+def is_in_place(func: Any) -> bool:
+    """Whether a call writes to its first argument, by its name."""
     name = getattr(func, "__name__", "")
+    is_method = name.endswith("_") and name not in _NO_WRITE and name[-2:] != "__"
+    return is_method or name in _IN_PLACE_OPERATORS
+
+
+def written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that a call writes to."""
     if func in _NORMS:
         yield from _tensors((*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")))
-    elif name in _IN_PLACE_OPERATORS or (name.endswith("_") and name not in _NO_WRITE and name[-2:] != "__"):
+    elif is_in_place(func):
         yield from _tensors(args[:1])
     if "out" in kwargs:
         yield from _tensors((kwargs["out"],))

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 import zoo
 
-from optim.closure.evaluate import ClosureEvaluator, trial
+from optim.closure.evaluate import ClosureEvaluator
+from optim.closure.setting import trial
 from secondorder import GaussNewton, Hessian
 from secondorder.flat import flatten
 

@@ -34,9 +34,11 @@ ORDER = [
     "secondorder",
     "optim._options",
     "optim._control",
+    "optim._report",
     "optim.closure",
     "optim._decay",
     "optim._judge",
+    "optim._scaling",
     "optim._base",
     "optim.newton",
     "optim.hessian_free",
@@ -46,7 +48,7 @@ ORDER = [
     "optim.root",
     "optim",
 ]
-IMPORTS_NOTHING = ["optim._control", "optim._options"]
+IMPORTS_NOTHING = ["optim._control", "optim._options", "optim._report"]
 TOP_LEVEL = {
     "pyproject.toml",
     "secondorder",

@@ -334,8 +334,11 @@ def test_single_precision_goes_below_where_a_formed_matrix_stalls(make):
 
 class TestBadInput:
     def test_no_closure(self, make):
-        optimizer = make([torch.ones(2, requires_grad=True)])
-        with pytest.raises(TypeError, match=r"step needs a closure.*got None"):
+        w = torch.ones(2, requires_grad=True)
+        optimizer = make([w])
+        assert optimizer.step() is None
+        w.square().sum().backward()
+        with pytest.raises(TypeError, match=r"step needs a closure.*got None.*give \w+ model="):
             optimizer.step()
 
     def test_no_parameter_to_move(self, make):

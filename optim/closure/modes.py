@@ -7,18 +7,54 @@ Both sit at ``__torch_function__``: every call that the closure makes of torch p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from optim.closure.accumulation import Accumulation
 from optim.closure.losses import LossLog
 from secondorder.decompose import WITHOUT_SECOND_DERIVATIVE
 from secondorder.guard import WriteGuard, is_transformed
 
-_BACKWARD = {func: inspect.signature(func) for func in (Tensor.backward, torch.autograd.backward)}
+BACKWARD: dict[Callable[..., Any], inspect.Signature] = {
+    func: inspect.signature(func) for func in (Tensor.backward, torch.autograd.backward)
+}
+_GRAD = inspect.signature(torch.autograd.grad)
+
+Weighted = list[tuple[Tensor, Tensor]]
+
+
+class Pass(NamedTuple):
+    """A call of ``backward`` or of ``torch.autograd.grad``, its graph kept.
+
+    Attributes:
+        call: The arguments, with ``retain_graph=True``.
+        roots: The tensors that are differentiated, each with the weight it was given, one by default.
+    """
+
+    call: inspect.BoundArguments
+    roots: Weighted
+
+    @classmethod
+    def of(cls, signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]) -> Pass:
+        """Read the arguments of a call."""
+        call = signature.bind(*args, **kwargs)
+        call.arguments["retain_graph"] = True
+        names = ("gradient", "grad_tensors", "grad_outputs")
+        given = next((call.arguments[name] for name in names if call.arguments.get(name) is not None), None)
+        first = next(iter(call.arguments.values()))
+        roots = (first,) if isinstance(first, Tensor) else tuple(first)
+        weights = given if isinstance(given, tuple | list) else (given,) * len(roots)
+        pairs = zip(roots, weights, strict=True)
+        return cls(call, [(r, torch.ones_like(r) if w is None else w.detach()) for r, w in pairs])
+
+    def run(self, func: Callable[..., Any]) -> Any:
+        """Carry it out."""
+        return func(*self.call.args, **self.call.kwargs)
 
 
 class Record(TorchFunctionMode):
@@ -26,48 +62,77 @@ class Record(TorchFunctionMode):
 
     Operations without a right second derivative in torch (weight_norm, cdist) are decomposed.
 
+    Args:
+        parameters: Those of the optimizer.
+        guard: Keeps what is written to.
+        accumulation: Counts the backward passes that ``.grad`` holds already.
+
     Attributes:
-        roots: Tensors on which ``backward`` was called.
-        root_gradients: The gradient that each was given, ones by default.
+        roots: Tensors on which ``backward`` was called, with the gradient that each was given.
+        differentiated: The same, on which ``torch.autograd.grad`` was called for the parameters.
         differentiates: Whether the closure called ``torch.autograd.grad`` itself.
+        earlier_passes: Backward passes that ``.grad`` held before the closure's own, and still does; 0 for
+            what was there at the end of the last step already, None where ``.grad`` held nothing.
         log: The known losses.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], guard: WriteGuard | None = None) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], guard: WriteGuard, accumulation: Accumulation | None = None
+    ) -> None:
         super().__init__()
-        self.roots: list[Tensor] = []
-        self.root_gradients: list[Tensor] = []
+        self.roots: Weighted = []
+        self.differentiated: Weighted = []
         self.differentiates = False
+        self.earlier_passes: int | None = None
         self.log = LossLog()
         self._parameters = parameters
         self._guard = guard
+        self._accumulation = accumulation
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _BACKWARD:
-            return self._backward(func, *args, **kwargs)
-        if func is torch.autograd.grad or any(is_transformed(arg) for arg in args):
+        if func in BACKWARD:
+            return self._backward(func, Pass.of(BACKWARD[func], args, kwargs))
+        if func is torch.autograd.grad:
             self.differentiates = True
-        run = WITHOUT_SECOND_DERIVATIVE.get(func, func)
-        result = run(*args, **kwargs) if self._guard is None else self._guard.call(run, args, kwargs)
+            return self._grad(args, kwargs)
+        if any(is_transformed(arg) for arg in args):
+            self.differentiates = True
+        if is_grad_scaling(func):
+            raise RuntimeError(
+                "closure must differentiate the loss it returns, but a GradScaler scales it; call backward on"
+                " the loss itself (bfloat16 needs no scaler), or give the optimizer model= and call"
+                " scaler.step(optimizer) without a closure."
+            )
+        result = self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs)
         return self.log.see(func, args, kwargs, result)
 
-    def _backward(self, func: Any, *args: Any, **kwargs: Any) -> None:
-        if self.roots and not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
+    def _backward(self, func: Any, backward: Pass) -> None:
+        if self._holds_nothing():
             # The closure threw away what earlier calls had accumulated.
-            self.roots, self.root_gradients = [], []
-        call = _BACKWARD[func].bind(*args, **kwargs)
-        call.arguments["retain_graph"] = True
-        func(*call.args, **call.kwargs)
-        given = call.arguments.get("gradient", call.arguments.get("grad_tensors"))
-        tensors = args[0]
-        roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-        weights = given if isinstance(given, tuple | list) else (given,) * len(roots)
-        self.roots += roots
-        self.root_gradients += [
-            torch.ones_like(root) if weight is None else weight.detach()
-            for root, weight in zip(roots, weights, strict=True)
-        ]
+            self.roots, self.earlier_passes = [], None
+        elif not self.roots and self._accumulation is not None:
+            self.earlier_passes = self._accumulation.passes(self._parameters)
+        backward.run(func)
+        self.roots += backward.roots
+        for parameter in self._parameters:
+            # Whoever guards .grad itself has copies.
+            if parameter.grad is not None:
+                self._guard.adopt(parameter.grad)
+
+    def _holds_nothing(self) -> bool:
+        return not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+
+    def _grad(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Keep the graph of a gradient for the parameters: the closure may fill ``.grad`` with it."""
+        grad = Pass.of(_GRAD, args, kwargs)
+        options = grad.call.arguments
+        inputs = options["inputs"]
+        options["inputs"] = inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        own = {id(parameter) for parameter in self._parameters}
+        if not options.get("create_graph") and any(id(tensor) in own for tensor in inputs):
+            self.differentiated += grad.roots
+        return grad.run(torch.autograd.grad)
 
 
 class Value(TorchFunctionMode):
@@ -88,7 +153,7 @@ class Value(TorchFunctionMode):
         self._differentiates = differentiates
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _BACKWARD:
+        if func in BACKWARD:
             return self._fill_grads()
         if func is torch._C._set_grad_enabled and not self._differentiates:
             return None
@@ -99,3 +164,15 @@ class Value(TorchFunctionMode):
         for parameter, gradient in self._gradients.items():
             if gradient is not None:
                 parameter.grad = self._guard.adopt(gradient.clone())
+
+
+_SCALER = torch.amp.GradScaler.scale.__code__
+_SCALING = {"mul", "__mul__"}
+
+
+def is_grad_scaling(func: Any) -> bool:
+    """Whether this call, seen from ``__torch_function__``, is ``GradScaler.scale`` at its multiplication."""
+    if getattr(func, "__name__", "") not in _SCALING:
+        return False
+    code = sys._getframe(2).f_code
+    return code.co_filename == _SCALER.co_filename and code.co_name in ("scale", "apply_scale")

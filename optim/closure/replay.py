@@ -1,0 +1,173 @@
+"""A step without a closure: what the user computed since the last step is computed again."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from optim.closure.accumulation import Accumulation
+from optim.closure.evaluate import Closure, ClosureEvaluator, Evaluation
+from optim.closure.modes import Record
+from optim.closure.returned import finite, root_of
+from optim.closure.setting import evaluating, grads_put_aside
+from optim.closure.tape import Node, Tape, results_of
+from secondorder.guard import RandomState, WriteGuard, is_transformed
+
+# Gradients that differ by more than this, relative, are not the same: that of one kernel of attention and
+# another differ by 1e-2 under autocast, those of two micro-batches by their own size.
+AGREEMENT = 0.1
+
+
+class Replay:
+    """Watches a module, by hooks, and can evaluate again what ``backward`` was called on.
+
+    Args:
+        model: Its outputs are watched.
+        parameters: Gives the parameters that the optimizer moves.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Callable[[], Sequence[Tensor]]) -> None:
+        self.model = model
+        devices = list(dict.fromkeys(parameter.device for parameter in parameters()))
+        self.tape = Tape(devices, parameters)
+        self._is_suspended = False
+        self._calls: list[tuple[RandomState, Any, Any]] = []
+        # The hooks must not keep the optimizer alive.
+        handles = [
+            model.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
+            model.register_forward_hook(_Hook(self._after), with_kwargs=True),
+        ]
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Calls of the module inside are not recorded."""
+        before, self._is_suspended = self._is_suspended, True
+        try:
+            yield
+        finally:
+            self._is_suspended = before
+
+    def _is_off(self) -> bool:
+        return self._is_suspended or not torch.is_grad_enabled()
+
+    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self._is_off():
+            self._calls.append((self.tape.random_state(), args, kwargs))
+
+    def _after(self, model: nn.Module, _: Any, __: dict[str, Any], outputs: Any) -> None:
+        if self._is_off() or not self._calls:
+            return
+        random, args, kwargs = self._calls.pop()
+        results = results_of(model, (), outputs)
+        if any(map(is_transformed, results)):
+            return
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        call = _Call(self, [module.training for module in model.modules()])
+        setting = self.tape.setting(random if random.has_moved() else None)
+        self.tape.record(Node(call, [self.tape.leaf(leaf) for leaf in leaves], spec, setting), results)
+
+
+class _Hook:
+    """A method of an object that may be gone; a copy does nothing."""
+
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> None:
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method(*args)
+
+    def __reduce__(self) -> Any:
+        return (_Hook, ())
+
+
+class _Call:
+    """Calls the module again, its parts in training or evaluation as they were."""
+
+    def __init__(self, replay: Replay, training: list[bool]) -> None:
+        self._replay, self._training = weakref.ref(replay), training
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        replay = self._replay()
+        assert replay is not None
+        modules = list(replay.model.modules())
+        present = [module.training for module in modules]
+        try:
+            for module, training in zip(modules, self._training, strict=True):
+                module.training = training
+            with replay.suspended():
+                return replay.model(*args, **kwargs)
+        finally:
+            for module, training in zip(modules, present, strict=True):
+                module.training = training
+
+
+class ReplayEvaluator(ClosureEvaluator):
+    """Runs again what a tape has, in place of a closure.
+
+    Args:
+        tape: With at least one root.
+        closure: What ``step`` was given. Where it returns None without calling ``backward``, as Lightning's
+            does in manual optimization, the tape is run; else the closure is what counts.
+        parameters: The parameters that the optimizer moves.
+        sign: -1 where the loss is to be maximised.
+        accumulation: Counts the backward passes that ``.grad`` holds before the closure runs.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        closure: Closure | None,
+        parameters: Sequence[Tensor],
+        sign: int,
+        accumulation: Accumulation,
+    ) -> None:
+        super().__init__(closure or tape.run, parameters, sign, accumulation)
+        self._tape, self._is_given = tape, closure is not None
+
+    def record(self) -> Evaluation:
+        """Run, leaving ``.grad`` as it is: the user has filled it.
+
+        Raises:
+            RuntimeError: the loss is not finite, or has no path to the parameters.
+        """
+        if self._is_given:
+            returned, mode, has_filled = self._run_for_real(self._closure)
+            if returned is not None or mode.roots:
+                return self._evaluation_of(returned, mode, has_filled)
+            self._closure = self._tape.run
+        gradient, gap = self._gradient(), self._tape.changed()
+        with grads_put_aside(self._parameters), WriteGuard() as guard:
+            mode = Record(self._parameters, guard)
+            # Each call has its own random numbers.
+            with self._random.replayed(), torch.enable_grad(), evaluating(), mode:
+                loss = self._closure()
+            value, root = finite(loss), root_of(loss)
+            self._fill_grads(root[0])
+            partial, scale = _compare(gradient, self._gradient())
+        return self._evaluation(mode, loss, value, [root], gradient, (), gap or partial, scale)
+
+
+def _compare(gradient: Tensor, again: Tensor) -> tuple[str, float]:
+    """Why the gradient in ``.grad`` is not that of the replayed loss, if so, and how many times it is.
+
+    Clipped to a norm, it is a part of it: what is modelled is then still the loss.
+    """
+    square = float(again.dot(again))
+    factor = float(gradient.dot(again)) / square if square > 0 else 0.0
+    is_parallel = float((gradient - factor * again).norm()) <= AGREEMENT * float(gradient.norm())
+    if not is_parallel or factor <= 0:
+        return "what .grad holds is not the gradient of the loss that was computed with model=", 1.0
+    if factor > 1 + AGREEMENT:
+        times = f"{factor:.3g} times the gradient"
+        return f"what .grad holds is {times} of the loss that was computed with model=", factor
+    return "", 1.0

@@ -1,0 +1,59 @@
+"""What surrounds an evaluation: kernels and caches, parameters held elsewhere, ``.grad`` put aside."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from secondorder.flat import unflatten
+
+
+@contextlib.contextmanager
+def evaluating() -> Iterator[None]:
+    """Attention by its math kernel, compiled code eager, no cast of parameters that moved since.
+
+    The other kernels and compiled code have no second derivative. Autocast keeps the casts of leaves until
+    its outermost region ends, which may be around the step: they would be those of other values.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Only where something can be compiled: it takes a second to import.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
+        yield
+
+
+@contextlib.contextmanager
+def trial(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
+    """Hold the parameters at ``x + step``; afterwards they are ``x`` again, bit for bit.
+
+    The data is swapped, not written: version counters, and so the kept graphs, stay as they are.
+    """
+    originals = [parameter.data for parameter in parameters]
+    try:
+        for parameter, part in zip(parameters, unflatten(step, parameters), strict=True):
+            parameter.data = parameter.data + part.to(parameter.dtype)
+        yield
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
+
+
+@contextlib.contextmanager
+def grads_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens to ``.grad`` inside does not reach the user's."""
+    grads = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad

@@ -1,0 +1,293 @@
+"""What a module's outputs went through until ``backward``, kept so that it can be done again.
+
+The outputs of a watched module become ``Watched`` tensors: tensors like any other, but each operation on
+them makes a ``Node``. Nodes belong to the tensors that they made, and go with them; a tape keeps those that
+``backward`` was called on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from optim.closure.losses import reached
+from optim.closure.modes import BACKWARD, Pass, is_grad_scaling
+from secondorder.guard import RandomState, is_in_place
+
+_numbers = itertools.count()
+
+
+class Ref(NamedTuple):
+    """A tensor that a node makes: the ``position``-th among its results."""
+
+    node: Node
+    position: int
+
+
+class Constant(NamedTuple):
+    """A tensor that no node made, as it was at a version.
+
+    Attributes:
+        is_target: Written to by its node: each run starts from a copy.
+    """
+
+    tensor: Tensor
+    version: int
+    is_target: bool = False
+
+
+class Setting(NamedTuple):
+    """What a call depends on besides its arguments.
+
+    Attributes:
+        autocast: For each type of device whether it is on, and to which dtype.
+        grad: Whether gradients were on.
+        random: The random state, where the call moved it.
+    """
+
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    grad: bool
+    random: RandomState | None
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """As it was at the call."""
+        with contextlib.ExitStack() as stack:
+            for state in set(self.autocast) - set(autocast_state(s[0] for s in self.autocast)):
+                stack.enter_context(torch.autocast(state[0], dtype=state[2], enabled=state[1]))
+            if not self.grad:
+                stack.enter_context(torch.no_grad())
+            if self.random is not None:
+                stack.enter_context(self.random.replayed())
+            yield
+
+
+def autocast_state(device_types: Any) -> tuple[tuple[str, bool, torch.dtype], ...]:
+    """Of each type of device."""
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types
+    )
+
+
+class Node:
+    """A call that can be made again.
+
+    Args:
+        func: What was called.
+        leaves: Its arguments, flat: ``Ref``, ``Constant``, or anything that is no tensor.
+        spec: How they are arranged.
+        setting: What surrounded it.
+    """
+
+    def __init__(self, func: Callable[..., Any], leaves: list[Any], spec: Any, setting: Setting) -> None:
+        self.number = next(_numbers)
+        self.func, self.spec, self.setting = func, spec, setting
+        self.leaves: list[Any] | None = leaves
+
+    def run(self, results: dict[Node, list[Tensor]]) -> None:
+        """Call again, on the results of the nodes before."""
+        assert self.leaves is not None
+        leaves = [_again(leaf, results) for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        with self.setting.restored():
+            result = self.func(*args, **kwargs)
+        results[self] = results_of(self.func, args, result)
+
+
+def _again(leaf: Any, results: dict[Node, list[Tensor]]) -> Any:
+    if isinstance(leaf, Ref):
+        return results[leaf.node][leaf.position]
+    if isinstance(leaf, Constant):
+        return leaf.tensor.clone() if leaf.is_target else leaf.tensor
+    return leaf
+
+
+class Tape:
+    """The backward passes through one module's outputs since the last step.
+
+    Args:
+        devices: Devices of the parameters.
+        parameters: Those of the optimizer.
+
+    Attributes:
+        roots: What ``backward`` was called on, with its weight and its value then.
+        gap: Why running it again would give something else; empty where it would not.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], parameters: Callable[[], Sequence[Tensor]]) -> None:
+        self.devices, self._parameters = devices, parameters
+        self.roots: list[tuple[Ref, Tensor, Tensor]] = []
+        self.gap = ""
+
+    def random_state(self) -> RandomState:
+        """The present one."""
+        random = RandomState(self.devices)
+        random.save()
+        return random
+
+    def setting(self, random: RandomState | None) -> Setting:
+        """Of a call that is being recorded; ``random`` is the state before it."""
+        kinds = dict.fromkeys(["cpu", *(device.type for device in self.devices)])
+        return Setting(autocast_state(kinds), torch.is_grad_enabled(), random)
+
+    def leaf(self, value: Any) -> Any:
+        """What to keep of an argument."""
+        if not isinstance(value, Tensor):
+            return value
+        ref = value._refs.get(self) if isinstance(value, Watched) else None
+        if ref is not None:
+            if ref.node.leaves is None:
+                self.gap = "the loss uses a graph from before the last step"
+            return ref
+        if value.requires_grad and not value.is_leaf:
+            if reached([value], [], self._parameters()):
+                self.gap = "the loss uses a tensor that was computed from parameters outside of model="
+            value = value.detach()
+        return Constant(value, _version(value))
+
+    def record(self, node: Node, results: Sequence[Tensor]) -> None:
+        """Note what a node made."""
+        for position, tensor in enumerate(results):
+            if not tensor.requires_grad:
+                continue
+            if type(tensor) is Tensor:
+                tensor.__class__ = Watched
+                tensor._refs = {}  # type: ignore[attr-defined]
+            if isinstance(tensor, Watched):
+                tensor._refs[self] = Ref(node, position)
+
+    def note_backward(self, roots: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """``backward`` is about to be called on the roots, each with its weight."""
+        if not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
+            self.forget()
+        for root, weight in roots:
+            leaf = self.leaf(root)
+            if isinstance(leaf, Ref):
+                self.roots.append((leaf, weight.detach(), root.detach()))
+
+    def run(self) -> Tensor:
+        """The sum of the roots, each with its weight, computed again."""
+        nodes = self._nodes()
+        results: dict[Node, list[Tensor]] = {}
+        for node in nodes:
+            node.run(results)
+        terms = [(results[ref.node][ref.position] * weight).sum() for ref, weight, _ in self.roots]
+        return sum(terms[1:], start=terms[0])
+
+    def changed(self) -> str:
+        """Why a run would give something else than the recorded one."""
+        for node in self._nodes():
+            for leaf in node.leaves or ():
+                if isinstance(leaf, Constant) and leaf.version != _version(leaf.tensor):
+                    return "an input was changed in place after it was used"
+        return self.gap
+
+    def forget(self) -> None:
+        """Let go of everything, also where the user keeps tensors that the nodes made."""
+        for node in self._nodes():
+            node.leaves = None
+        self.roots, self.gap = [], ""
+
+    def _nodes(self) -> list[Node]:
+        """All that the roots rest on, in the order of their calls."""
+        stack = [ref.node for ref, _, _ in self.roots]
+        seen = set(stack)
+        while stack:
+            for leaf in stack.pop().leaves or ():
+                if isinstance(leaf, Ref) and leaf.node not in seen:
+                    seen.add(leaf.node)
+                    stack.append(leaf.node)
+        return sorted(seen, key=lambda node: node.number)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Watched(Tensor):
+    """A tensor whose operations are recorded; it behaves, prints and pickles as a plain one.
+
+    Attributes:
+        _refs: For each tape what made it.
+    """
+
+    _refs: dict[Tape, Ref]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tapes = dict.fromkeys(tape for t in tensors if isinstance(t, Watched) for tape in t._refs)
+        if func in BACKWARD:
+            for tape in tapes:
+                tape.note_backward(Pass.of(BACKWARD[func], args, kwargs).roots)
+            return _plain(func, args, kwargs)
+        # Where the loss is scaled for its backward pass, the gradients are unscaled before the step.
+        repeated, call = (_itself, (args[:1], {})) if is_grad_scaling(func) else (func, (args, kwargs))
+        before = [(tape, *_arguments(tape, func, *call), tape.random_state()) for tape in tapes]
+        result = _plain(func, args, kwargs)
+        results = results_of(func, args, result)
+        if not any(tensor.requires_grad for tensor in results):
+            return result
+        for tape, leaves, spec, random in before:
+            node = Node(repeated, leaves, spec, tape.setting(random if random.has_moved() else None))
+            tape.record(node, results)
+        return result
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return str(self._as_plain(Tensor.__repr__, tensor_contents=tensor_contents))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._as_plain(Tensor.__reduce_ex__, protocol)
+
+    def _as_plain(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of tensors that looks at the type."""
+        refs = self.__dict__.pop("_refs")
+        self.__class__ = Tensor  # type: ignore[assignment]
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.__class__ = Watched
+            self._refs = refs
+
+
+def _itself(loss: Tensor) -> Tensor:
+    return loss
+
+
+def _plain(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call with ``Watched`` tensors as the plain ones that they are."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _arguments(tape: Tape, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The leaves and their arrangement, before the call writes to one of them."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    kept = [tape.leaf(leaf) for leaf in leaves]
+    if is_in_place(func) and kept and isinstance(kept[0], Constant):
+        kept[0] = Constant(kept[0].tensor.detach().clone(), 0, is_target=True)
+    return kept, spec
+
+
+def results_of(func: Any, args: Any, result: Any) -> list[Tensor]:
+    """The tensors that a call made or wrote to, in an order that another call has too."""
+    if is_in_place(func):
+        return [args[0]]
+    return list(_tensors(result))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in containers and dataclasses."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
