@@ -79,6 +79,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _check_options(options: dict[str, Any]) -> None:
         """Raise ValueError for an option of a parameter group that is out of range."""
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's."""
+        super().zero_grad(set_to_none)
+        # To be seen apart from a backward pass, which writes to .grad too.
+        self._accumulation.mark(_parameters_of(self))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own ``lr``, ``weight_decay`` and ``damping_scale``.
 
@@ -141,16 +147,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             return None
         with evaluator.restored_on_error(), self._unwatched():
             evaluation = evaluator.record()
-            with torch.enable_grad():
-                operator, description = self._curvature(evaluation)
             self._check_returned(evaluation)
-            counter = Counter(PRODUCT_COST[type(operator)])
-            decay = WeightDecay.of(self.param_groups)
-            model = _quadratic_model(evaluation, operator, decay)
-            outcome = self._nothing_to_do(model)
-            if outcome is None:
-                judge = None if evaluation.partial else Judge(model, evaluator, decay, counter)
-                outcome = self._minimise(model, judge, counter)
+            with evaluator.differentiating():
+                with torch.enable_grad():
+                    operator, description = self._curvature(evaluation)
+                counter = Counter(PRODUCT_COST[type(operator)])
+                decay = WeightDecay.of(self.param_groups)
+                model = _quadratic_model(evaluation, operator, decay)
+                outcome = self._nothing_to_do(model)
+                if outcome is None:
+                    judge = None if evaluation.partial else Judge(model, evaluator, decay, counter)
+                    outcome = self._minimise(model, judge, counter)
         if outcome.taken is not None:
             for parameter, part in zip(parameters, unflatten(outcome.taken.step, parameters), strict=True):
                 parameter.add_(part.to(parameter.dtype))

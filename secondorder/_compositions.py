@@ -14,6 +14,17 @@ from torch import Tensor
 Norm = TypeVar("Norm", bound=Callable[..., Tensor])
 
 
+def without_cudnn(func: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch's own kernels."""
+
+    @functools.wraps(func)
+    def result(*args: Any, **kwargs: Any) -> Any:
+        with torch.backends.cudnn.flags(enabled=False):
+            return func(*args, **kwargs)
+
+    return result
+
+
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # Minus one means all dimensions, to torch too.
     others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]

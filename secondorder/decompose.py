@@ -61,6 +61,8 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
         return replacement(*args, **(kwargs or {}))
 
 
+CUDNN = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
 # Their second derivative is missing or, of the first three, wrong in silence: whoever differentiates twice
 # may replace these always.
 WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -77,6 +79,8 @@ WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.pdist: _compositions.pdist,
     torch.cholesky_inverse: _compositions.cholesky_inverse,
     Tensor.cholesky_inverse: _compositions.cholesky_inverse,
+    # Their cuDNN kernels have none.
+    **{func: _compositions.without_cudnn(func) for func in CUDNN},
 }
 
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {

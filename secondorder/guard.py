@@ -57,6 +57,20 @@ class WriteGuard:
         for tensor, copy in reversed(self._copies.values()):
             tensor.data.copy_(copy)
 
+    @contextlib.contextmanager
+    def rewound(self, kept: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Hold what was there before the first write, except in ``kept``; afterwards what is there now."""
+        ids = {id(tensor) for tensor in kept}
+        written = [(tensor, copy) for tensor, copy in self._copies.values() if id(tensor) not in ids]
+        present = [tensor.detach().clone() for tensor, _ in written]
+        try:
+            for tensor, copy in reversed(written):
+                tensor.data.copy_(copy)
+            yield
+        finally:
+            for (tensor, _), copy in zip(written, present, strict=True):
+                tensor.data.copy_(copy)
+
     def adopt(self, tensor: Tensor) -> Tensor:
         """Treat a tensor as made inside: writes to it are not undone."""
         self._made.add(_storage(tensor))

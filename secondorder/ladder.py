@@ -23,7 +23,16 @@ _MISSING = (
 
 
 class MissingDerivativeError(RuntimeError):
-    """An operation has no derivative of the order that was asked for."""
+    """An operation has no derivative of the order that was asked for.
+
+    Args:
+        operation: Its name.
+        remedy: What to do.
+    """
+
+    def __init__(self, operation: str, remedy: str) -> None:
+        super().__init__(f"{operation} has no second derivative in torch, and {remedy}.")
+        self.operation = operation
 
 
 def climb(compute: Callable[[], T]) -> T:
@@ -83,7 +92,7 @@ def explained(remedy: str) -> Iterator[None]:
         name = missing(error)
         if name is None or isinstance(error, MissingDerivativeError | WrongDerivativeError):
             raise
-        raise MissingDerivativeError(f"{name} has no second derivative in torch, and {remedy}.") from error
+        raise MissingDerivativeError(name, remedy) from error
 
 
 def missing(error: RuntimeError) -> str | None:

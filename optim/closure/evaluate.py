@@ -21,6 +21,7 @@ from optim.closure.returned import finite, number, root_of, split
 from optim.closure.setting import evaluating, grads_put_aside
 from secondorder.flat import flatten
 from secondorder.guard import RandomState, WriteGuard
+from secondorder.ladder import MissingDerivativeError
 
 Closure = Callable[[], Any]
 
@@ -101,6 +102,20 @@ class ClosureEvaluator:
         returned, mode, has_filled = self._run_for_real(self._closure)
         return self._evaluation_of(returned, mode, has_filled)
 
+    @contextlib.contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Around products on the recorded graph: a checkpoint computes again what was recorded.
+
+        Raises:
+            MissingDerivativeError: the graph holds an operation without a second derivative.
+        """
+        with evaluating():
+            try:
+                yield
+            except MissingDerivativeError as error:
+                remedy = "no decomposition of it is known here; replace it by differentiable operations"
+                raise MissingDerivativeError(error.operation, remedy) from error
+
     def _run_for_real(self, closure: Closure) -> tuple[Any, Record, bool]:
         """What it returned, what was recorded, and whether it wrote to a ``.grad``."""
         self._random.save()
@@ -119,6 +134,7 @@ class ClosureEvaluator:
             roots = mode.differentiated
         if not roots:
             roots = [root_of(loss)]
+            refuse_reentrant_checkpoint([roots[0][0]])
             self._fill_grads(roots[0][0])
         gradient = self._gradient()
         partial, scale = "", 1.0
@@ -148,7 +164,7 @@ class ClosureEvaluator:
                 "the gradient at the current parameters must be finite, got NaN or infinity;"
                 " look for the operation with torch.autograd.set_detect_anomaly(True)."
             )
-        with torch.enable_grad():
+        with torch.enable_grad(), self.differentiating():
             weights = [self._sign * scale * weight for _, weight in roots]
             terms = [(root * weight).sum() for root, weight in zip(tensors, weights, strict=True)]
             objective = sum(terms[1:], start=terms[0])
@@ -162,18 +178,22 @@ class ClosureEvaluator:
     def value(self) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors."""
         gradients = {parameter: parameter.grad for parameter in self._parameters}
-        with grads_put_aside(self._parameters), WriteGuard() as guard:
+        with self._rewound(), grads_put_aside(self._parameters), WriteGuard() as guard:
             mode = Value(guard, gradients, self._differentiates)
             return self._sign * number(self._replay(mode, gradients=self._differentiates))
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
-        with grads_put_aside(self._parameters), WriteGuard() as guard:
+        with self._rewound(), grads_put_aside(self._parameters), WriteGuard() as guard:
             mode = Record(self._parameters, guard)
             loss = self._replay(mode, gradients=True)
             if not mode.roots:
                 self._fill_grads(root_of(loss)[0])
             return self._sign * self._gradient()
+
+    def _rewound(self) -> contextlib.AbstractContextManager[None]:
+        """Buffers as the recorded run found them: spectral_norm computes with what it writes to."""
+        return self._guard.rewound(self._parameters)
 
     def _replay(self, mode: Record | Value, gradients: bool) -> Any:
         """The loss of another run with the random numbers of the recorded one."""
@@ -181,7 +201,8 @@ class ClosureEvaluator:
             return split(self._closure())[0]
 
     def _fill_grads(self, root: Tensor) -> None:
-        grads = torch.autograd.grad(root, self._parameters, retain_graph=True, allow_unused=True)
+        with self.differentiating():
+            grads = torch.autograd.grad(root, self._parameters, retain_graph=True, allow_unused=True)
         for parameter, grad in zip(self._parameters, grads, strict=True):
             parameter.grad = grad
 

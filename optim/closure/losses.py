@@ -29,6 +29,13 @@ _CONVEX: dict[Callable[..., Any], str] = {
     F.soft_margin_loss: "soft_margin_loss",
     F.poisson_nll_loss: "poisson_nll_loss",
 }
+# Those that are convex for targets that are not negative, where the arguments say so.
+_NEEDS_SIGN: dict[Callable[..., Any], Callable[[dict[str, Any]], bool]] = {
+    F.cross_entropy: lambda arguments: arguments["target"].is_floating_point(),
+    F.poisson_nll_loss: lambda arguments: not arguments.get("log_input", True),
+    F.kl_div: lambda arguments: not arguments.get("log_target", False),
+    F.binary_cross_entropy_with_logits: lambda arguments: arguments.get("pos_weight") is not None,
+}
 # Convex in what the named function was given, when their first argument comes out of it.
 _FUSED: dict[Callable[..., Any], tuple[str, str]] = {
     F.nll_loss: ("log_softmax", "nll_loss"),
@@ -117,7 +124,7 @@ class LossLog:
             if squashing != needed or logits is None:
                 return result
             name, outputs = f"{needed} + {name}", logits
-        if not _is_convex(_SIGNATURES[func].bind(*args, **kwargs).arguments):
+        if not _is_convex(func, _SIGNATURES[func].bind(*args, **kwargs).arguments):
             return result
         self.losses.append(RecordedLoss(name, result, outputs, outputs._version))
         # A copy, so that `loss += penalty` in the closure does not change what was noted.
@@ -136,12 +143,15 @@ def _elementary(
     return ("squares", 1) if is_square or is_power else None
 
 
-def _is_convex(arguments: dict[str, Any]) -> bool:
-    """Whether targets and weights are constants, and weights not negative."""
+def _is_convex(func: Callable[..., Any], arguments: dict[str, Any]) -> bool:
+    """Whether targets and weights are constants, and where it matters not negative."""
     tensors = {name: arguments[name] for name in _CONSTANTS if isinstance(arguments.get(name), Tensor)}
     if any(tensor.requires_grad for tensor in tensors.values()):
         return False
-    return all(bool((tensors[name] >= 0).all()) for name in _WEIGHTS if name in tensors)
+    signed = [tensors[name] for name in _WEIGHTS if name in tensors]
+    if func in _NEEDS_SIGN and _NEEDS_SIGN[func](arguments):
+        signed.append(arguments["target"])
+    return all(bool((tensor >= 0).all()) for tensor in signed)
 
 
 class Coverage(NamedTuple):

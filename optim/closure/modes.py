@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from optim.closure.accumulation import Accumulation
 from optim.closure.losses import LossLog
-from secondorder.decompose import WITHOUT_SECOND_DERIVATIVE
+from secondorder.decompose import CUDNN, WITHOUT_SECOND_DERIVATIVE
 from secondorder.guard import WriteGuard, is_transformed
 
 BACKWARD: dict[Callable[..., Any], inspect.Signature] = {
@@ -104,6 +104,8 @@ class Record(TorchFunctionMode):
                 " the loss itself (bfloat16 needs no scaler), or give the optimizer model= and call"
                 " scaler.step(optimizer) without a closure."
             )
+        if func in WITHOUT_SECOND_DERIVATIVE:
+            _refuse_checkpoint(func, args)
         result = self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs)
         return self.log.see(func, args, kwargs, result)
 
@@ -133,6 +135,21 @@ class Record(TorchFunctionMode):
         if not options.get("create_graph") and any(id(tensor) in own for tensor in inputs):
             self.differentiated += grad.roots
         return grad.run(torch.autograd.grad)
+
+
+def _refuse_checkpoint(func: Any, args: Any) -> None:
+    """Raise RuntimeError for an operation that is decomposed, inside a checkpoint.
+
+    In backward passes a checkpoint computes again without the mode, by torch's own operation.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    # On CPU torch's own is meant.
+    same = func in CUDNN and not args[0].is_cuda
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" and not same:
+        raise RuntimeError(
+            f"{func.__name__} has no right second derivative in torch, and its decomposition cannot be"
+            " computed again by a checkpoint; keep it out of torch.utils.checkpoint."
+        )
 
 
 class Value(TorchFunctionMode):

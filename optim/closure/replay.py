@@ -41,7 +41,7 @@ class Replay:
         # The hooks must not keep the optimizer alive.
         handles = [
             model.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after), with_kwargs=True),
+            model.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
         ]
         for handle in handles:
             weakref.finalize(self, handle.remove)
@@ -67,7 +67,7 @@ class Replay:
             return
         random, args, kwargs = self._calls.pop()
         results = results_of(model, (), outputs)
-        if any(map(is_transformed, results)):
+        if not results or any(map(is_transformed, results)):
             return
         leaves, spec = pytree.tree_flatten((args, kwargs))
         call = _Call(self, [module.training for module in model.modules()])
@@ -81,6 +81,8 @@ class _Hook:
     def __init__(self, method: Callable[..., None] | None = None) -> None:
         self._method = None if method is None else weakref.WeakMethod(method)
 
+    # Compiled code calls it as it is.
+    @torch._disable_dynamo
     def __call__(self, *args: Any) -> None:
         method = None if self._method is None else self._method()
         if method is not None:

@@ -36,11 +36,13 @@ class Constant(NamedTuple):
 
     Attributes:
         is_target: Written to by its node: each run starts from a copy.
+        depends: Computed from parameters, which a run does not see.
     """
 
     tensor: Tensor
     version: int
     is_target: bool = False
+    depends: bool = False
 
 
 class Setting(NamedTuple):
@@ -93,7 +95,11 @@ class Node:
 
     def run(self, results: dict[Node, list[Tensor]]) -> None:
         """Call again, on the results of the nodes before."""
-        assert self.leaves is not None
+        if self.leaves is None:
+            raise RuntimeError(
+                "the loss depends on what was computed before the last step, which cannot be computed again;"
+                " detach() what goes from one step to the next, or give step a closure."
+            )
         leaves = [_again(leaf, results) for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with self.setting.restored():
@@ -117,14 +123,12 @@ class Tape:
         parameters: Those of the optimizer.
 
     Attributes:
-        roots: What ``backward`` was called on, with its weight and its value then.
-        gap: Why running it again would give something else; empty where it would not.
+        roots: What ``backward`` was called on, with its weight.
     """
 
     def __init__(self, devices: Sequence[torch.device], parameters: Callable[[], Sequence[Tensor]]) -> None:
         self.devices, self._parameters = devices, parameters
-        self.roots: list[tuple[Ref, Tensor, Tensor]] = []
-        self.gap = ""
+        self.roots: list[tuple[Ref, Tensor]] = []
 
     def random_state(self) -> RandomState:
         """The present one."""
@@ -143,14 +147,12 @@ class Tape:
             return value
         ref = value._refs.get(self) if isinstance(value, Watched) else None
         if ref is not None:
-            if ref.node.leaves is None:
-                self.gap = "the loss uses a graph from before the last step"
             return ref
+        depends = False
         if value.requires_grad and not value.is_leaf:
-            if reached([value], [], self._parameters()):
-                self.gap = "the loss uses a tensor that was computed from parameters outside of model="
+            depends = bool(reached([value], [], self._parameters()))
             value = value.detach()
-        return Constant(value, _version(value))
+        return Constant(value, _version(value), depends=depends)
 
     def record(self, node: Node, results: Sequence[Tensor]) -> None:
         """Note what a node made."""
@@ -170,34 +172,34 @@ class Tape:
         for root, weight in roots:
             leaf = self.leaf(root)
             if isinstance(leaf, Ref):
-                self.roots.append((leaf, weight.detach(), root.detach()))
+                self.roots.append((leaf, weight))
 
     def run(self) -> Tensor:
         """The sum of the roots, each with its weight, computed again."""
-        nodes = self._nodes()
         results: dict[Node, list[Tensor]] = {}
-        for node in nodes:
+        for node in self._nodes():
             node.run(results)
-        terms = [(results[ref.node][ref.position] * weight).sum() for ref, weight, _ in self.roots]
+        terms = [(results[ref.node][ref.position] * weight).sum() for ref, weight in self.roots]
         return sum(terms[1:], start=terms[0])
 
     def changed(self) -> str:
-        """Why a run would give something else than the recorded one."""
-        for node in self._nodes():
-            for leaf in node.leaves or ():
-                if isinstance(leaf, Constant) and leaf.version != _version(leaf.tensor):
-                    return "an input was changed in place after it was used"
-        return self.gap
+        """Why a run would give something else than the recorded one; empty where it would not."""
+        constants = [c for node in self._nodes() for c in node.leaves or () if isinstance(c, Constant)]
+        if any(constant.depends for constant in constants):
+            return "the loss uses a tensor that was computed from parameters outside of model="
+        if any(constant.version != _version(constant.tensor) for constant in constants):
+            return "an input was changed in place after it was used"
+        return ""
 
     def forget(self) -> None:
         """Let go of everything, also where the user keeps tensors that the nodes made."""
         for node in self._nodes():
             node.leaves = None
-        self.roots, self.gap = [], ""
+        self.roots = []
 
     def _nodes(self) -> list[Node]:
         """All that the roots rest on, in the order of their calls."""
-        stack = [ref.node for ref, _, _ in self.roots]
+        stack = [ref.node for ref, _ in self.roots]
         seen = set(stack)
         while stack:
             for leaf in stack.pop().leaves or ():
@@ -244,6 +246,9 @@ class Watched(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return str(self._as_plain(Tensor.__repr__, tensor_contents=tensor_contents))
 
+    def __format__(self, spec: str) -> str:
+        return str(self._as_plain(Tensor.__format__, spec))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._as_plain(Tensor.__reduce_ex__, protocol)
 
@@ -273,7 +278,7 @@ def _arguments(tape: Tape, func: Any, args: Any, kwargs: dict[str, Any]) -> tupl
     leaves, spec = pytree.tree_flatten((args, kwargs))
     kept = [tape.leaf(leaf) for leaf in leaves]
     if is_in_place(func) and kept and isinstance(kept[0], Constant):
-        kept[0] = Constant(kept[0].tensor.detach().clone(), 0, is_target=True)
+        kept[0] = kept[0]._replace(tensor=kept[0].tensor.detach().clone(), version=0, is_target=True)
     return kept, spec
 
 
