@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from optim._curvature import gauss_newton
 from optim._decay import WeightDecay, spread
 from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
 from optim._options import check_not_negative
@@ -52,6 +53,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None = None) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self._check_options(defaults)
         super().__init__(params, defaults)
         self._watch(model)
 
@@ -69,6 +71,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _solve(self, model: QuadraticModel) -> Proposal:
         """Minimise the model, damped or within the radius."""
+
+    def _make_state(self) -> None:
+        """Fill ``state`` as a first step does: distributed checkpoints take one on zero gradients for it."""
 
     @abstractmethod
     def _adapt(self, rho: float, step_norm: float) -> None:
@@ -94,32 +99,35 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             ValueError: an option is out of range, or differs from that of the first group: there is
                 one model for all parameters.
         """
-        if self.param_groups:
-            for name in self.defaults:
+        if isinstance(param_group, dict):  # torch says so otherwise
+            for name in self.defaults if self.param_groups else ():
                 joint = self.param_groups[0][name]
                 if name not in OF_GROUPS and param_group.setdefault(name, joint) != joint:
                     raise ValueError(
                         f"{name} must be the same in all parameter groups (there is one model for all"
                         f" parameters), got {joint!r} and {param_group[name]!r}."
                     )
-        options = {**self.defaults, **param_group}
-        check_not_negative(options, "weight_decay")
-        self._check_options(options)
+            options = {**self.defaults, **param_group}
+            check_not_negative(options, "weight_decay")
+            self._check_options(options)
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and copy take: the model too, but not what it was seen to do."""
-        return {**super().__getstate__(), "_model": self._model}
+        return {**super().__getstate__(), "report": self.report, "_model": self._model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; options that a checkpoint of an older version lacks get their defaults."""
         super().__setstate__(state)
+        # Torch adds it, but a step does not have it.
+        self.defaults.pop("differentiable", None)
         if "_model" in state:
             self._watch(self._model)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step: the loss does not increase beyond rounding, and parameters are never NaN.
@@ -144,6 +152,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         parameters = self._parameters()
         evaluator = self._evaluator(closure, parameters)
         if evaluator is None:
+            if any(p.grad is not None for p in parameters):
+                self._make_state()
             return None
         with evaluator.restored_on_error(), self._unwatched():
             evaluation = evaluator.record()
@@ -172,15 +182,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     ) -> ClosureEvaluator | None:
         """What evaluates the loss; None where there is nothing to evaluate."""
         sign = -1 if self.param_groups[0]["maximize"] else 1
-        if closure is None and not any(p.grad is not None and bool(p.grad.any()) for p in parameters):
+        tape = None if self._replay is None or not self._replay.tape.roots else self._replay.tape
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if closure is None and (not grads if tape else not any(bool(grad.any()) for grad in grads)):
             return None
         if closure is not None and not callable(closure):
             raise TypeError(
                 f"closure must be a function that evaluates the model and returns the loss, got"
                 f" {type(closure).__name__}; the closure of torch.optim.LBFGS works as it is."
             )
-        if self._replay is not None and self._replay.tape.roots:
-            return ReplayEvaluator(self._replay.tape, closure, parameters, sign, self._accumulation)
+        if tape is not None:
+            return ReplayEvaluator(tape, closure, parameters, sign, self._accumulation)
         if closure is not None:
             return ClosureEvaluator(closure, parameters, sign, self._accumulation)
         name = type(self).__name__
@@ -319,35 +331,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return bool(solver == "direct")
 
     def _gauss_newton(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
-        """The Gauss-Newton matrix, or the Hessian with a warning where it would miss a term."""
-        blocks, description, is_whole = evaluation.coverage
-        name, parameters = type(self).__name__, self._parameters()
-        operator = GaussNewton.of_blocks(blocks, parameters) if blocks else None
-        if operator is not None and description.startswith("explicit") and not operator.has_curvature():
-            operator = None
-            description = "the loss is linear in the outputs that were returned (log-probabilities?)"
-        if operator is not None:
-            if not is_whole:
-                self._warn_or_raise(
-                    f"{name} was given outputs that do not carry the whole loss: {description}.",
-                    "The curvature of what enters past them is left out.",
-                )
-            return operator, f"gauss-newton ({description})"
-        self._warn_or_raise(
-            f"{name} found no Gauss-Newton matrix for the whole objective: {description}. Use the losses of"
-            " torch.nn.functional, or let the closure return (loss, outputs), with outputs the tensor that a"
-            " convex loss is computed from.",
-            "The exact Hessian is used instead.",
-        )
-        return Hessian(evaluation.objective, parameters), f"hessian ({description})"
-
-    def _warn_or_raise(self, text: str, consequence: str) -> None:
-        """An error in strict mode, else a warning, once, that points at the line that called ``step``."""
-        if self.param_groups[0]["strict"]:
-            raise RuntimeError(text)
-        self._warn_once("coverage", f"{text} {consequence}")
+        """The Gauss-Newton matrix, or the Hessian: then an error in strict mode, else a warning, once."""
+        choice = gauss_newton(evaluation, self._parameters())
+        if choice.complaint:
+            text = f"{type(self).__name__} {choice.complaint}"
+            if self.param_groups[0]["strict"]:
+                raise RuntimeError(text)
+            self._warn_once("coverage", f"{text} {choice.consequence}")
+        return choice.operator, choice.description
 
     def _warn_once(self, kind: str, text: str) -> None:
+        """A warning that points at the line that called ``step``."""
         if kind not in self._warned:
             self._warned |= {kind}
             warnings.warn(text, stacklevel=_level_of_caller())

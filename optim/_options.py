@@ -11,6 +11,8 @@ SOLVERS = ("auto", "direct", "cg")
 
 def check_lr(options: Mapping[str, Any]) -> None:
     """Raise ValueError unless ``lr`` is a finite number that is not negative, or such a tensor."""
+    if getattr(options["lr"], "shape", None) and options["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
     if not 0 <= float(options["lr"]) < math.inf:
         raise ValueError(f"lr must be a non-negative number, got {options['lr']!r}.")
 

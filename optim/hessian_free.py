@@ -131,6 +131,12 @@ class HessianFree(SecondOrderOptimizer):
         earlier = tuple(x for x in stop.kept if x is not result.x)
         return Proposal(self._undamped(result, damping), earlier, line_search=True)
 
+    def _make_state(self) -> None:
+        parameters = self._parameters()
+        if not any(self.state[p] for p in parameters):
+            dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+            self._keep(parameters[0].new_zeros(sum(p.numel() for p in parameters), dtype=dtype))
+
     def _adapt(self, rho: float, step_norm: float) -> None:
         damping = _control.levenberg_marquardt_damping(self.param_groups[0]["damping"], rho)
         self._set_in_all_groups(damping=damping)

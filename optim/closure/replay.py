@@ -165,6 +165,8 @@ def _compare(gradient: Tensor, again: Tensor) -> tuple[str, float]:
     Clipped to a norm, it is a part of it: what is modelled is then still the loss.
     """
     square = float(again.dot(again))
+    if square == 0 and not bool(gradient.any()):
+        return "", 1.0
     factor = float(gradient.dot(again)) / square if square > 0 else 0.0
     is_parallel = float((gradient - factor * again).norm()) <= AGREEMENT * float(gradient.norm())
     if not is_parallel or factor <= 0:

@@ -1,0 +1,53 @@
+"""Which curvature a model gets: the Gauss-Newton matrix, or the Hessian where it would miss a term."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from optim.closure.evaluate import Evaluation
+from secondorder import GaussNewton, Hessian, LinearOperator
+
+
+class Choice(NamedTuple):
+    """A curvature, and why.
+
+    Attributes:
+        operator: ``GaussNewton`` or ``Hessian``.
+        description: For the report.
+        complaint: What is missing; empty where nothing is.
+        consequence: What is done about it.
+    """
+
+    operator: LinearOperator
+    description: str
+    complaint: str = ""
+    consequence: str = ""
+
+
+def gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Choice:
+    """The Gauss-Newton matrix of all of the objective, or the Hessian."""
+    blocks, description, is_whole = evaluation.coverage
+    operator = GaussNewton.of_blocks(blocks, parameters) if blocks else None
+    if operator is not None and description.startswith("explicit") and not operator.has_curvature():
+        operator = None
+        description = "the loss is linear in the outputs that were returned (log-probabilities?)"
+    if operator is None:
+        return Choice(
+            Hessian(evaluation.objective, parameters),
+            f"hessian ({description})",
+            f"found no Gauss-Newton matrix for the whole objective: {description}. Use the losses of"
+            " torch.nn.functional, or let the closure return (loss, outputs), with outputs the tensor that a"
+            " convex loss is computed from.",
+            "The exact Hessian is used instead.",
+        )
+    if is_whole:
+        return Choice(operator, f"gauss-newton ({description})")
+    return Choice(
+        operator,
+        f"gauss-newton ({description})",
+        f"was given outputs that do not carry the whole loss: {description}.",
+        "The curvature of what enters past them is left out.",
+    )
