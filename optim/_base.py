@@ -12,7 +12,7 @@ import sys
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -155,7 +155,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             if any(p.grad is not None for p in parameters):
                 self._make_state()
             return None
-        with evaluator.restored_on_error(), self._unwatched():
+        with evaluator.restored_on_error(), self._stepping():
             evaluation = evaluator.record()
             self._check_returned(evaluation)
             with evaluator.differentiating():
@@ -184,7 +184,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         sign = -1 if self.param_groups[0]["maximize"] else 1
         tape = None if self._replay is None or not self._replay.tape.roots else self._replay.tape
         grads = [p.grad for p in parameters if p.grad is not None]
-        if closure is None and (not grads if tape else not any(bool(grad.any()) for grad in grads)):
+        decays = bool(tape and grads and WeightDecay.of(self.param_groups))
+        if closure is None and not decays and not any(bool(grad.any()) for grad in grads):
             return None
         if closure is not None and not callable(closure):
             raise TypeError(
@@ -207,9 +208,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             " outputs not pass a torch.autograd.Function or compiled code. Otherwise give step a closure."
         )
 
-    def _unwatched(self) -> contextlib.AbstractContextManager[None]:
-        """What the model does meanwhile is not recorded."""
-        return contextlib.nullcontext() if self._replay is None else self._replay.suspended()
+    @contextlib.contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Calls of the model are not recorded; after an exception state and groups are what they were."""
+        groups = [dict(group) for group in self.param_groups]
+        state = {parameter: dict(values) for parameter, values in self.state.items()}
+        try:
+            with contextlib.nullcontext() if self._replay is None else self._replay.suspended():
+                yield
+        except BaseException:
+            for group, before in zip(self.param_groups, groups, strict=True):
+                group.update(before)
+            self.state.clear()
+            self.state.update(state)
+            raise
 
     def _check_returned(self, evaluation: Evaluation) -> None:
         """Warn once when the loss that is judged is not the one that was differentiated."""

@@ -132,9 +132,11 @@ class Judge:
         return Taken(step, value)
 
     def _value_at(self, step: Tensor) -> float:
+        """The objective after the step; NaN, which no comparison prefers, where it is infinite too."""
         self._counter.cost += FORWARD_COST
         with trial(self._parameters, step):
-            return self._evaluator.value() + self._decay.value()
+            value = self._evaluator.value() + self._decay.value()
+        return value if math.isfinite(value) else math.nan
 
     def _ratio(self, step: Tensor, value: float, predicted: float) -> float:
         """The reduction ratio from the losses or, where their difference is rounding, from the gradients."""

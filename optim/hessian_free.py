@@ -133,7 +133,7 @@ class HessianFree(SecondOrderOptimizer):
 
     def _make_state(self) -> None:
         parameters = self._parameters()
-        if not any(self.state[p] for p in parameters):
+        if not any(self.state.get(p) for p in parameters):
             dtype = torch.promote_types(parameters[0].dtype, torch.float32)
             self._keep(parameters[0].new_zeros(sum(p.numel() for p in parameters), dtype=dtype))
 
@@ -143,9 +143,12 @@ class HessianFree(SecondOrderOptimizer):
 
     def _warm_start(self, decay: float) -> Tensor | None:
         parameters = self._parameters()
-        if not any("cg_solution" in self.state[p] for p in parameters):
+        # Not state[p], which would make an entry.
+        states = [self.state.get(p, {}) for p in parameters]
+        if not any("cg_solution" in state for state in states):
             return None
-        parts = [self.state[p].get("cg_solution", torch.zeros_like(p)) for p in parameters]
+        pairs = zip(states, parameters, strict=True)
+        parts = [state.get("cg_solution", torch.zeros_like(p)) for state, p in pairs]
         return decay * flatten([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts])
 
     def _keep(self, x: Tensor) -> None:

@@ -384,3 +384,64 @@ def test_an_interrupt_in_a_solve_leaves_everything_as_it_was(make, error, monkey
     start = case.value().item()
     run(optimizer, closure, 1)
     assert case.value().item() < start
+
+
+class TestDampingScaleOfNewton:
+    """An ellipsoid: ``sum_i scale_i p_i^2`` is bounded."""
+
+    @staticmethod
+    def problem():
+        H = zoo.indefinite_matrix(6, seed=3)
+        g = zoo.vector(6, 4)
+        x = [
+            torch.zeros(2, dtype=H.dtype, requires_grad=True),
+            torch.zeros(4, dtype=H.dtype, requires_grad=True),
+        ]
+
+        def closure():
+            p = torch.cat(x)
+            return g @ p + 0.5 * p @ H @ p + 1e-3 * p.pow(4).sum()
+
+        return H, g, x, closure
+
+    @pytest.mark.parametrize("scales", [(1.0, 1.0), (4.0, 4.0), (1.0, 25.0)])
+    def test_step_minimises_the_model_in_the_ellipsoid(self, scales):
+        H, g, x, closure = self.problem()
+        groups = [{"params": [p], "damping_scale": s} for p, s in zip(x, scales, strict=True)]
+        optimizer = optim.Newton(groups, radius=0.3)
+        optimizer.step(closure)
+        step = torch.cat([p.detach() for p in x])
+        scale = torch.tensor([scales[0]] * 2 + [scales[1]] * 4, dtype=H.dtype)
+        assert optimizer.report.status == "boundary"
+        # Within a part in a hundred, as the solver is asked for.
+        assert float(step @ (scale * step)) ** 0.5 == pytest.approx(0.3, rel=1e-2)
+        # (H + sigma S) p = -g, with a matrix that is not indefinite.
+        sigma = float(-step @ (H @ step + g) / (step @ (scale * step)))
+        torch.testing.assert_close((H + sigma * torch.diag(scale)) @ step, -g, rtol=1e-7, atol=1e-9)
+        assert torch.linalg.eigvalsh(H + sigma * torch.diag(scale)).min() > -1e-8
+
+    def test_products_alone_give_the_same_ellipsoid(self):
+        _, _, x, closure = self.problem()
+        groups = [{"params": [x[0]]}, {"params": [x[1]], "damping_scale": 25.0}]
+        optimizer = optim.Newton(groups, radius=0.3, solver="cg")
+        optimizer.step(closure)
+        a, b = (p.detach() for p in x)
+        assert optimizer.report.status in ("boundary", "negative_curvature")
+        assert float(a @ a + 25 * b @ b) ** 0.5 == pytest.approx(0.3, rel=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_model_runs_eager_in_a_step(make, backend):
+    """Steps are those of the model itself, to rounding; what it compiled is used outside."""
+    torch._dynamo.reset()
+    case, twin = zoo.network("mlp_mse"), zoo.network("mlp_mse")
+    optimizer, reference = make(case.model.parameters()), make(twin.model.parameters())
+    compiled = case._replace(model=torch.compile(case.model, backend=backend))
+    before = compiled.value()
+    torch.testing.assert_close(before, case.value())
+    losses = run(optimizer, closure_of(compiled, optimizer))
+    assert losses == pytest.approx(run(reference, closure_of(twin, reference)), rel=1e-8)
+    assert optimizer.report.curvature == reference.report.curvature
+    torch.testing.assert_close(compiled.value(), case.value())
+    torch._dynamo.reset()

@@ -388,6 +388,17 @@ def test_nothing_is_kept_after_a_step():
     assert inputs() is None
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_were_thrown_away_are_no_step(make, set_to_none):
+    model = network()
+    optimizer = make(model.parameters(), model=model)
+    before = [p.detach().clone() for p in model.parameters()]
+    cross_entropy(model)
+    optimizer.zero_grad(set_to_none)
+    assert optimizer.step() is None
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_graph_from_before_the_last_step():
     # A linear model is one that torch differentiates again after its parameters moved.
     model = nn.Linear(4, 3).double()
