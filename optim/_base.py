@@ -29,7 +29,7 @@ from optim.closure.accumulation import Accumulation
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from optim.closure.replay import Replay, ReplayEvaluator
 from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
-from secondorder.flat import unflatten
+from secondorder.flat import is_finite, unflatten
 
 # Cost of a product on the kept graph, in gradients of a deep network.
 PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
@@ -270,8 +270,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             status = proposal.result.status
             if judge is None:
                 step = rate * proposal.result.x
-                is_finite = bool(step.isfinite().all())
-                return _Outcome(status, taken=Taken(step, math.nan) if is_finite else None)
+                return _Outcome(status, taken=Taken(step, math.nan) if is_finite(step) else None)
             taken = judge.try_out(proposal, rate)
             self._adapt(judge.rho, step_norm)
             if taken is not None:

@@ -13,7 +13,7 @@ from optim._base import Evaluation, SecondOrderOptimizer
 from optim._judge import Proposal, QuadraticModel
 from optim._options import check_count, check_lr, check_positive, refuse
 from secondorder import LinearOperator, cg
-from secondorder.flat import flatten, unflatten
+from secondorder.flat import flatten, is_finite, unflatten
 from secondorder.solvers import RelativeProgress
 
 # Below this relative residual CG has nothing left to gain (Martens' code).
@@ -152,7 +152,7 @@ class HessianFree(SecondOrderOptimizer):
         return decay * flatten([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts])
 
     def _keep(self, x: Tensor) -> None:
-        if not bool(x.isfinite().all()):
+        if not is_finite(x):
             x = torch.zeros_like(x)
         for parameter, part in zip(self._parameters(), unflatten(x, self._parameters()), strict=True):
             self.state[parameter]["cg_solution"] = part.clone()

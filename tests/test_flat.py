@@ -31,3 +31,16 @@ def test_rows_are_single_vectors(shapes, k, seed):
 def test_wrong_length_is_refused():
     with pytest.raises(RuntimeError):
         flat.unflatten(torch.zeros(3), [torch.zeros(2)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_is_finite(value):
+    vector = torch.zeros(5)
+    assert flat.is_finite(vector)
+    vector[3] = value
+    assert not flat.is_finite(vector)
+
+
+def test_numbers_whose_sum_overflows_are_finite():
+    assert flat.is_finite(torch.full((4,), 3e38))
+    assert not flat.is_finite(torch.tensor([float("inf"), float("-inf")]))

@@ -19,7 +19,7 @@ from optim.closure.losses import Coverage, cover, explicit, refuse_reentrant_che
 from optim.closure.modes import Record, Value, Weighted
 from optim.closure.returned import finite, number, root_of, split
 from optim.closure.setting import evaluating, grads_put_aside
-from secondorder.flat import flatten
+from secondorder.flat import flatten, is_finite
 from secondorder.guard import RandomState, WriteGuard
 from secondorder.ladder import MissingDerivativeError
 
@@ -159,7 +159,7 @@ class ClosureEvaluator:
         self._differentiates = mode.differentiates
         tensors = [root for root, _ in roots]
         refuse_reentrant_checkpoint(tensors)
-        if not bool(gradient.isfinite().all()):
+        if not is_finite(gradient):
             raise RuntimeError(
                 "the gradient at the current parameters must be finite, got NaN or infinity;"
                 " look for the operation with torch.autograd.set_detect_anomaly(True)."
@@ -172,8 +172,10 @@ class ClosureEvaluator:
                 coverage = explicit(objective, outputs, self._parameters)
             else:
                 coverage = cover(mode.log.losses, tensors, weights, self._parameters)
+        if self._sign < 0:
+            gradient = -gradient
         returned = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
-        return Evaluation(returned, self._sign * value, objective, self._sign * gradient, coverage, partial)
+        return Evaluation(returned, self._sign * value, objective, gradient, coverage, partial)
 
     def value(self) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors."""

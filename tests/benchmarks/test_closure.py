@@ -1,0 +1,69 @@
+"""Overhead of recording a closure, beside running it: in one process, interleaved; medians.
+
+python -m pytest tests/benchmarks/test_closure.py -s
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench import interleaved
+from torch import nn
+
+from optim.closure.evaluate import ClosureEvaluator
+from optim.closure.modes import Record
+from optim.closure.setting import evaluating
+from secondorder.guard import WriteGuard
+
+
+def large():
+    """3.2 million parameters."""
+    layers = [nn.Linear(784, 1536), nn.ReLU(), nn.Linear(1536, 1280), nn.ReLU(), nn.Linear(1280, 10)]
+    return nn.Sequential(*layers), torch.randn(256, 784), torch.randint(10, (256,))
+
+
+def tiny():
+    return (
+        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)),
+        torch.randn(16, 4),
+        torch.randint(3, (16,)),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [large, tiny], ids=lambda build: build.__name__)
+def test_recording(build):
+    model, inputs, targets = build()
+    parameters = list(model.parameters())
+
+    def closure():
+        model.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    def in_mode():
+        with evaluating(), Record(parameters, WriteGuard()):
+            closure()
+
+    functions = {
+        "closure": closure,
+        "recorded": in_mode,
+        # With the gradient as a vector, the search for losses, and the proof that they are all.
+        "evaluation": lambda: ClosureEvaluator(closure, parameters).record(),
+    }
+    calls = 3 if build is large else 100
+    # A burst of other work on the machine can spoil a measurement: up to three are made.
+    for _ in range(3):
+        seconds = interleaved(functions, calls=calls)
+        plain = seconds["closure"]
+        print(f"\n{build.__name__:<8}closure {1e3 * plain:.3f} ms", end="")
+        for name in ("recorded", "evaluation"):
+            extra = seconds[name] - plain
+            print(f"  {name} +{1e3 * extra:.3f} ms ({100 * extra / plain:.1f} %)", end="")
+        print()
+        within = (
+            seconds["evaluation"] < 1.1 * plain if build is large else seconds["evaluation"] - plain < 1e-3
+        )
+        if within:
+            return
+    pytest.fail("recording takes more than 10 percent of a large closure, or 1 ms of a tiny one")
