@@ -47,7 +47,10 @@ def test_readme_training_block_keeps_its_promise():
     names = {}
     exec(BLOCKS[0], names)
     assert float(names["loss"]) < 1e-6
-    exec(BLOCKS[1], names)
+    exec(next(block for block in BLOCKS if "model=model" in block), names)
+    assert float(names["loss"]) < 1
+    assert names["optimizer"].report.rho > 0
+    exec(next(block for block in BLOCKS if "minimize(" in block), names)
     assert names["result"].x.tolist() == pytest.approx([1.0, 1.0])
 
 
