@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from optim._control import ACCEPTANCE
 from optim._curvature import gauss_newton
 from optim._decay import WeightDecay, spread
 from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
@@ -273,7 +274,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 return _Outcome(status, taken=Taken(step, math.nan) if is_finite(step) else None)
             taken = judge.try_out(proposal, rate)
             self._adapt(judge.rho, step_norm)
-            if taken is not None:
+            # A model that is right has nothing better to give to groups whose rates differ.
+            is_right = isinstance(rate, Tensor) and judge.rho > ACCEPTANCE
+            if taken is not None or is_right:
                 return _Outcome(status, judge.rho, taken)
         return _Outcome(status, math.nan if judge is None else judge.rho)
 

@@ -445,3 +445,16 @@ def test_a_compiled_model_runs_eager_in_a_step(make, backend):
     assert optimizer.report.curvature == reference.report.curvature
     torch.testing.assert_close(compiled.value(), case.value())
     torch._dynamo.reset()
+
+
+def test_groups_whose_rates_differ_do_not_solve_the_same_system_again(make):
+    """Where the one that moves has converged and the other does not move: ten times a step, once."""
+    case = zoo.network("mlp_mse")
+    optimizer = make(groups_of(case, lr=(1.0, 1e-28)))
+    closure = closure_of(case, optimizer)
+    run(optimizer, closure, 30)
+    trials = []
+    for _ in range(10):
+        optimizer.step(closure)
+        trials.append(optimizer.report.trials)
+    assert sum(trials) < 30
