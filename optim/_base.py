@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
@@ -151,6 +152,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 depend on the parameters. Parameters, gradients, buffers and random state are unchanged.
         """
         parameters = self._parameters()
+        self._check_processes()
         evaluator = self._evaluator(closure, parameters)
         if evaluator is None:
             if any(p.grad is not None for p in parameters):
@@ -164,7 +166,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     operator, description = self._curvature(evaluation)
                 counter = Counter(PRODUCT_COST[type(operator)])
                 decay = WeightDecay.of(self.param_groups)
-                model = _quadratic_model(evaluation, operator, decay)
+                model = QuadraticModel.of(evaluation, operator, decay)
                 outcome = self._nothing_to_do(model)
                 if outcome is None:
                     judge = None if evaluation.partial else Judge(model, evaluator, decay, counter)
@@ -223,6 +225,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self.state.clear()
             self.state.update(state)
             raise
+
+    def _check_processes(self) -> None:
+        """Warn once where there are several: gradients may be averaged over them, losses are not."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._warn_once(
+                "processes",
+                f"{type(self).__name__} judges a step by the loss of its own process: the parameters of several"
+                " processes drift apart; train in one.",
+            )
 
     def _check_returned(self, evaluation: Evaluation) -> None:
         """Warn once when the loss that is judged is not the one that was differentiated."""
@@ -368,17 +379,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _set_in_all_groups(self, **values: float) -> None:
         for group in self.param_groups:
             group.update(values)
-
-
-def _quadratic_model(evaluation: Evaluation, curvature: LinearOperator, decay: WeightDecay) -> QuadraticModel:
-    """The model of loss and weight decay, in at least single precision."""
-    gradient, value = evaluation.gradient, evaluation.value
-    if curvature.dtype != gradient.dtype:
-        curvature = curvature.to(gradient.dtype)
-    if decay:
-        curvature = curvature + decay.diagonal(gradient)
-        gradient, value = gradient + decay.gradient(gradient), value + decay.value()
-    return QuadraticModel(value, gradient, curvature)
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:

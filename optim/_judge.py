@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optim import _control
 from optim._decay import WeightDecay
-from optim.closure.evaluate import ClosureEvaluator
+from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from optim.closure.setting import trial
 from secondorder import LinearOperator, SolveResult
 
@@ -35,6 +35,17 @@ class QuadraticModel(NamedTuple):
     value: float
     gradient: Tensor
     curvature: LinearOperator
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, curvature: LinearOperator, decay: WeightDecay) -> QuadraticModel:
+        """That of loss and weight decay, in at least single precision."""
+        gradient, value = evaluation.gradient, evaluation.value
+        if curvature.dtype != gradient.dtype:
+            curvature = curvature.to(gradient.dtype)
+        if decay:
+            curvature = curvature + decay.diagonal(gradient)
+            gradient, value = gradient + decay.gradient(gradient), value + decay.value()
+        return cls(value, gradient, curvature)
 
     def predicted(self, p: Tensor, quadratic: float) -> float:
         """The decrease that the model promises, given ``p . curvature p``."""

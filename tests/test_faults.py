@@ -231,3 +231,13 @@ def test_an_error_in_a_pre_hook_of_the_module(make):
     optimizer.zero_grad()
     F.cross_entropy(model(X), Y).backward()
     assert float(optimizer.step()) > optimizer.report.new_loss
+
+
+def test_several_processes_are_warned_of(make, monkeypatch):
+    model = network()
+    optimizer = make(model.parameters())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(UserWarning, match="parameters of several processes drift apart"):
+        optimizer.step(closure_of(model, optimizer))
+    optimizer.step(closure_of(model, optimizer))  # once: warnings are errors
