@@ -231,7 +231,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._warn_once(
                 "processes",
-                f"{type(self).__name__} judges a step by the loss of its own process: the parameters of several"
+                f"{type(self).__name__} judges a step by the loss of its own process: parameters of several"
                 " processes drift apart; train in one.",
             )
 
