@@ -157,7 +157,8 @@ def test_steps_are_those_of_the_closure(compute, make):
 
 def test_a_report_says_what_it_would_with_a_closure():
     (_, _, optimizer, _), (_, _, again, _) = pair(optim.GaussNewton, cross_entropy)
-    assert again.report == optimizer.report
+    for ours, theirs in zip(again.report, optimizer.report, strict=True):
+        assert ours == (pytest.approx(theirs, rel=1e-9) if isinstance(theirs, float) else theirs)
 
 
 @pytest.mark.parametrize("where", ["compiled", "inner", "in_place"])
@@ -447,7 +448,8 @@ def test_copies_go_on(copied, make):
     for net, opt in ((model, optimizer), (twin, again)):
         torch.manual_seed(4)
         losses.append([float(backward_only(net, opt, cross_entropy)) for _ in range(3)])
-    assert losses[0] == losses[1]
+    # To rounding, which depends on where in memory torch's kernels find their operands.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_training_and_evaluation_are_as_they_were():
@@ -483,7 +485,8 @@ def test_a_closure_counts_where_there_is_one():
     torch.manual_seed(3)
     losses = [float(with_closure(model, optimizer, cross_entropy)) for _ in range(3)]
     torch.manual_seed(3)
-    assert losses == [float(with_closure(twin, reference, cross_entropy)) for _ in range(3)]
+    expected = [float(with_closure(twin, reference, cross_entropy)) for _ in range(3)]
+    assert losses == pytest.approx(expected, rel=1e-9)
 
 
 class Custom(torch.autograd.Function):
