@@ -155,8 +155,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._check_processes()
         evaluator = self._evaluator(closure, parameters)
         if evaluator is None:
-            if any(p.grad is not None for p in parameters):
-                self._make_state()
+            self._make_state()
             return None
         with evaluator.restored_on_error(), self._stepping():
             evaluation = evaluator.record()
@@ -208,7 +207,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         raise RuntimeError(
             f"{name}.step was called without a closure, but no backward pass through the outputs of model="
             " was seen since the last step: the module itself must be called, with gradients on, and its"
-            " outputs not pass a torch.autograd.Function or compiled code. Otherwise give step a closure."
+            " outputs not pass a torch.autograd.Function (full backward hooks are), torch.func or torch.jit."
+            " Otherwise give step a closure."
         )
 
     @contextlib.contextmanager

@@ -132,7 +132,9 @@ class Judge:
         if best is full and not isinstance(rate, Tensor) and self.rho > _control.ACCEPTANCE:
             return best
         if isinstance(rate, Tensor):
-            return self._backtrack(float(rate[rate > 0].min()) * result.x)
+            # Not those that do not move.
+            smallest = float(rate[rate > 0].min())
+            return self._backtrack(torch.where(rate > 0, smallest, 0.0) * result.x)
         return self._backtrack(best.step) if proposal.line_search else None
 
     def _judge_model(self, step: Tensor, quadratic: float) -> Taken:

@@ -133,7 +133,7 @@ class HessianFree(SecondOrderOptimizer):
 
     def _make_state(self) -> None:
         parameters = self._parameters()
-        if not any(self.state.get(p) for p in parameters):
+        if any(p.grad is not None for p in parameters) and not any(self.state.get(p) for p in parameters):
             dtype = torch.promote_types(parameters[0].dtype, torch.float32)
             self._keep(parameters[0].new_zeros(sum(p.numel() for p in parameters), dtype=dtype))
 

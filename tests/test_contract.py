@@ -430,6 +430,19 @@ class TestDampingScaleOfNewton:
         assert float(a @ a + 25 * b @ b) ** 0.5 == pytest.approx(0.3, rel=1e-8)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_group_without_a_rate_does_not_move(make, swapped):
+    """Where the other group is at its minimum a line search along the whole solution moved both."""
+    a, b = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    moving, still = (b, a) if swapped else (a, b)
+    options = {} if make is optim.Newton else {"damping": 1e-6}
+    optimizer = make([{"params": [moving]}, {"params": [still], "lr": 0.0}], **options)
+    targets = torch.tensor([0.0, 20.0], dtype=torch.float64)
+    for _ in range(5):
+        optimizer.step(lambda: F.mse_loss(torch.cat([10 * (a - b), a + b]), targets))
+    assert still.item() == 1.0
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_compiled_model_runs_eager_in_a_step(make, backend):

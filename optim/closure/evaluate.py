@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.closure.accumulation import Accumulation
+from optim.closure.accumulation import Accumulation, marks, were_written
 from optim.closure.losses import Coverage, cover, explicit, refuse_reentrant_checkpoint
 from optim.closure.modes import Record, Value, Weighted
 from optim.closure.returned import finite, number, root_of, split
@@ -120,11 +120,10 @@ class ClosureEvaluator:
         """What it returned, what was recorded, and whether it wrote to a ``.grad``."""
         self._random.save()
         mode = Record(self._parameters, self._guard, self._accumulation)
-        before = self._marks()
+        before = marks(self._parameters)
         with torch.enable_grad(), evaluating(), mode:
             returned = closure()
-        pairs = zip(before, self._marks(), strict=True)
-        return returned, mode, any(a is not b or v != w for (a, v), (b, w) in pairs)
+        return returned, mode, were_written(self._parameters, before)
 
     def _evaluation_of(self, returned: Any, mode: Record, has_filled: bool) -> Evaluation:
         """Of a closure that ran."""
@@ -224,7 +223,3 @@ class ClosureEvaluator:
             [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, grads, strict=True)]
         )
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-
-    def _marks(self) -> list[tuple[Tensor | None, int]]:
-        """Which ``.grad`` there is, and how often it was written to."""
-        return [(p.grad, -1 if p.grad is None else p.grad._version) for p in self._parameters]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from optim.closure.accumulation import Accumulation
+from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away
 from optim.closure.losses import LossLog
 from secondorder.decompose import CUDNN, WITHOUT_SECOND_DERIVATIVE
 from secondorder.guard import WriteGuard, is_transformed
@@ -88,6 +88,7 @@ class Record(TorchFunctionMode):
         self._parameters = parameters
         self._guard = guard
         self._accumulation = accumulation
+        self._marks: Marks = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,8 +111,8 @@ class Record(TorchFunctionMode):
         return self.log.see(func, args, kwargs, result)
 
     def _backward(self, func: Any, backward: Pass) -> None:
-        if self._holds_nothing():
-            # The closure threw away what earlier calls had accumulated.
+        if were_thrown_away(self._parameters, self._marks):
+            # What earlier calls had accumulated.
             self.roots, self.earlier_passes = [], None
         elif not self.roots and self._accumulation is not None:
             self.earlier_passes = self._accumulation.passes(self._parameters)
@@ -121,9 +122,7 @@ class Record(TorchFunctionMode):
             # Whoever guards .grad itself has copies.
             if parameter.grad is not None:
                 self._guard.adopt(parameter.grad)
-
-    def _holds_nothing(self) -> bool:
-        return not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+        self._marks = marks(self._parameters)
 
     def _grad(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """Keep the graph of a gradient for the parameters: the closure may fill ``.grad`` with it."""
@@ -191,5 +190,8 @@ def is_grad_scaling(func: Any) -> bool:
     """Whether this call, seen from ``__torch_function__``, is ``GradScaler.scale`` at its multiplication."""
     if getattr(func, "__name__", "") not in _SCALING:
         return False
-    code = sys._getframe(2).f_code
-    return code.co_filename == _SCALER.co_filename and code.co_name in ("scale", "apply_scale")
+    # What called the function is one or two frames above the caller of this one.
+    for code in (sys._getframe(2).f_code, sys._getframe(3).f_code):
+        if code.co_filename == _SCALER.co_filename and code.co_name in ("scale", "apply_scale"):
+            return True
+    return False

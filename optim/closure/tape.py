@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from optim.closure.accumulation import Marks, marks, were_thrown_away
 from optim.closure.losses import reached
 from optim.closure.modes import BACKWARD, Pass, is_grad_scaling
 from secondorder.guard import RandomState, is_in_place
@@ -25,10 +26,15 @@ _numbers = itertools.count()
 
 
 class Ref(NamedTuple):
-    """A tensor that a node makes: the ``position``-th among its results."""
+    """A tensor that a node makes: the ``position``-th among its results.
+
+    Attributes:
+        grad: Whether it required a gradient. A ``torch.autograd.Function`` may make it do so later.
+    """
 
     node: Node
     position: int
+    grad: bool
 
 
 class Constant(NamedTuple):
@@ -86,12 +92,23 @@ class Node:
         leaves: Its arguments, flat: ``Ref``, ``Constant``, or anything that is no tensor.
         spec: How they are arranged.
         setting: What surrounded it.
+        epoch: Steps taken before.
+
+    Attributes:
+        unscaled: For the scaling of a loss by a ``GradScaler``, the loss.
+        is_call: Whether it is a call of the module.
     """
 
-    def __init__(self, func: Callable[..., Any], leaves: list[Any], spec: Any, setting: Setting) -> None:
+    unscaled: Tensor | None = None
+    is_call = False
+
+    def __init__(
+        self, func: Callable[..., Any], leaves: list[Any], spec: Any, setting: Setting, epoch: int
+    ) -> None:
         self.number = next(_numbers)
         self.func, self.spec, self.setting = func, spec, setting
         self.leaves: list[Any] | None = leaves
+        self.epoch = epoch
 
     def run(self, results: dict[Node, list[Tensor]]) -> None:
         """Call again, on the results of the nodes before."""
@@ -123,12 +140,17 @@ class Tape:
         parameters: Those of the optimizer.
 
     Attributes:
-        roots: What ``backward`` was called on, with its weight.
+        roots: What ``backward`` was called on, with its weight and its value.
+        epoch: Steps taken so far.
+        is_suspended: Nothing is recorded meanwhile.
     """
 
     def __init__(self, devices: Sequence[torch.device], parameters: Callable[[], Sequence[Tensor]]) -> None:
         self.devices, self._parameters = devices, parameters
-        self.roots: list[tuple[Ref, Tensor]] = []
+        self.roots: list[tuple[Ref, Tensor, Tensor]] = []
+        self.epoch = 0
+        self.is_suspended = False
+        self._marks: Marks = []
 
     def random_state(self) -> RandomState:
         """The present one."""
@@ -146,40 +168,65 @@ class Tape:
         if not isinstance(value, Tensor):
             return value
         ref = value._refs.get(self) if isinstance(value, Watched) else None
-        if ref is not None:
+        if ref is not None and ref.grad == value.requires_grad and (ref.grad or ref.node.epoch == self.epoch):
             return ref
+        if ref is not None and value.is_leaf:
+            self._unwatch(value)
         depends = False
         if value.requires_grad and not value.is_leaf:
-            depends = bool(reached([value], [], self._parameters()))
+            # Inside of a torch.autograd.Function there is no graph to ask.
+            depends = value.grad_fn is None or bool(reached([value], [], self._parameters()))
             value = value.detach()
         return Constant(value, _version(value), depends=depends)
 
-    def record(self, node: Node, results: Sequence[Tensor]) -> None:
-        """Note what a node made."""
+    def _unwatch(self, value: Tensor) -> None:
+        """Of a step that is over, or a leaf by now: a plain tensor again."""
+        refs = value.__dict__["_refs"]
+        del refs[self]
+        if not refs:
+            del value.__dict__["_refs"]
+            value.__class__ = Tensor
+
+    def record(self, node: Node, results: Sequence[Tensor], others: Iterable[Tensor]) -> None:
+        """Note what a node made; ``others`` were there before, and stay what they are."""
+        old = {id(tensor) for tensor in others}
         for position, tensor in enumerate(results):
-            if not tensor.requires_grad:
-                continue
-            if type(tensor) is Tensor:
+            # A tensor that was written to is new where it got a graph by that.
+            is_new = not tensor.is_leaf if tensor.requires_grad else id(tensor) not in old
+            if type(tensor) is Tensor and is_new:
                 tensor.__class__ = Watched
                 tensor._refs = {}  # type: ignore[attr-defined]
             if isinstance(tensor, Watched):
-                tensor._refs[self] = Ref(node, position)
+                tensor._refs[self] = Ref(node, position, tensor.requires_grad)
 
     def note_backward(self, roots: Sequence[tuple[Tensor, Tensor]]) -> None:
         """``backward`` is about to be called on the roots, each with its weight."""
-        if not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
-            self.forget()
+        if were_thrown_away(self._parameters(), self._marks):
+            self.roots = []
         for root, weight in roots:
             leaf = self.leaf(root)
-            if isinstance(leaf, Ref):
-                self.roots.append((leaf, weight))
+            if isinstance(leaf, Ref) and _reaches_call(leaf):
+                value = root if leaf.node.unscaled is None else leaf.node.unscaled
+                self.roots.append((leaf, weight, value.detach()))
+
+    def mark(self) -> None:
+        """``backward`` is over."""
+        self._marks = marks(self._parameters())
+
+    def value(self) -> float:
+        """Of the roots, as they were."""
+        return sum(float((value * weight).sum()) for _, weight, value in self.roots)
+
+    def is_rough(self) -> bool:
+        """Whether a run may differ by the rounding of half precision."""
+        return any(on for node in self._nodes() for _, on, _ in node.setting.autocast)
 
     def run(self) -> Tensor:
         """The sum of the roots, each with its weight, computed again."""
         results: dict[Node, list[Tensor]] = {}
         for node in self._nodes():
             node.run(results)
-        terms = [(results[ref.node][ref.position] * weight).sum() for ref, weight in self.roots]
+        terms = [(results[ref.node][ref.position] * weight).sum() for ref, weight, _ in self.roots]
         return sum(terms[1:], start=terms[0])
 
     def changed(self) -> str:
@@ -192,14 +239,15 @@ class Tape:
         return ""
 
     def forget(self) -> None:
-        """Let go of everything, also where the user keeps tensors that the nodes made."""
+        """After a step: let go of everything, also where the user keeps tensors that the nodes made."""
         for node in self._nodes():
             node.leaves = None
-        self.roots = []
+        self.roots, self._marks = [], []
+        self.epoch += 1
 
     def _nodes(self) -> list[Node]:
         """All that the roots rest on, in the order of their calls."""
-        stack = [ref.node for ref, _ in self.roots]
+        stack = [ref.node for ref, _, _ in self.roots]
         seen = set(stack)
         while stack:
             for leaf in stack.pop().leaves or ():
@@ -209,8 +257,27 @@ class Tape:
         return sorted(seen, key=lambda node: node.number)
 
 
+def _reaches_call(ref: Ref) -> bool:
+    """Whether a gradient goes from here to a call of the module."""
+    stack, seen = [ref.node], {ref.node}
+    while stack:
+        node = stack.pop()
+        # What is gone was one.
+        if node.is_call or node.leaves is None:
+            return True
+        refs = [leaf for leaf in node.leaves or () if isinstance(leaf, Ref)]
+        following = {ref.node for ref in refs if ref.grad} - seen
+        seen |= following
+        stack += following
+    return False
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+# Of the properties of a tensor those that are tensors made from it.
+_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data"}
 
 
 class Watched(Tensor):
@@ -224,30 +291,18 @@ class Watched(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        tapes = dict.fromkeys(tape for t in tensors if isinstance(t, Watched) for tape in t._refs)
-        if func in BACKWARD:
-            for tape in tapes:
-                tape.note_backward(Pass.of(BACKWARD[func], args, kwargs).roots)
-            return _plain(func, args, kwargs)
-        # Where the loss is scaled for its backward pass, the gradients are unscaled before the step.
-        repeated, call = (_itself, (args[:1], {})) if is_grad_scaling(func) else (func, (args, kwargs))
-        before = [(tape, *_arguments(tape, func, *call), tape.random_state()) for tape in tapes]
-        result = _plain(func, args, kwargs)
-        results = results_of(func, args, result)
-        if not any(tensor.requires_grad for tensor in results):
-            return result
-        for tape, leaves, spec, random in before:
-            node = Node(repeated, leaves, spec, tape.setting(random if random.has_moved() else None))
-            tape.record(node, results)
-        return result
+        # Inside they are the plain tensors that they are.
+        with torch._C.DisableTorchFunctionSubclass():
+            return _recorded(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return str(self._as_plain(Tensor.__repr__, tensor_contents=tensor_contents))
 
     def __format__(self, spec: str) -> str:
         return str(self._as_plain(Tensor.__format__, spec))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._as_plain(Tensor.__deepcopy__, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._as_plain(Tensor.__reduce_ex__, protocol)
@@ -267,10 +322,37 @@ def _itself(loss: Tensor) -> Tensor:
     return loss
 
 
-def _plain(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call with ``Watched`` tensors as the plain ones that they are."""
-    with torch._C.DisableTorchFunctionSubclass():
+def _recorded(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call, and note on each tape what was made."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    watched = [tensor for tensor in tensors if isinstance(tensor, Watched)]
+    tapes = dict.fromkeys(tape for tensor in watched for tape in tensor._refs if not tape.is_suspended)
+    if func in BACKWARD:
+        for tape in tapes:
+            tape.note_backward(Pass.of(BACKWARD[func], args, kwargs).roots)
+        func(*args, **kwargs)
+        for tape in tapes:
+            tape.mark()
+        return None
+    is_getter = getattr(func, "__name__", "") == "__get__"
+    if not tapes or (is_getter and func.__self__.__name__ not in _PROPERTIES):
         return func(*args, **kwargs)
+    # Where the loss is scaled for its backward pass, the gradients are unscaled before the step.
+    is_scaling = is_grad_scaling(func)
+    repeated, call = (_itself, (args[:1], {})) if is_scaling else (func, (args, kwargs))
+    before = [(tape, *_arguments(tape, func, *call), tape.random_state()) for tape in tapes]
+    result = func(*args, **kwargs)
+    results = results_of(func, args, result)
+    has_grad = any(tensor.requires_grad for tensor in results)
+    for tape, leaves, spec, random in before if results else ():
+        # A value from before the last step is a constant of this one.
+        if not has_grad and any(isinstance(x, Ref) and x.node.epoch < tape.epoch for x in leaves):
+            continue
+        setting = tape.setting(random if random.has_moved() else None)
+        node = Node(repeated, leaves, spec, setting, tape.epoch)
+        node.unscaled = args[0].detach() if is_scaling else None
+        tape.record(node, results, tensors)
+    return result
 
 
 def _arguments(tape: Tape, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
