@@ -25,7 +25,7 @@ from optim._curvature import gauss_newton
 from optim._decay import WeightDecay, spread
 from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
 from optim._options import check_not_negative
-from optim._report import StepReport
+from optim._report import NOT_TRIED, StepReport
 from optim._scaling import scaled, unscaled
 from optim.closure.accumulation import Accumulation
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
@@ -238,12 +238,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _check_returned(self, evaluation: Evaluation) -> None:
         """Warn once when the loss that is judged is not the one that was differentiated."""
         if evaluation.partial:
-            self._warn_once(
-                "partial",
-                f"{type(self).__name__} took a damped step without trying it, as {evaluation.partial}: the"
-                " loss of one evaluation cannot judge such a step, and the damping does not adapt. Let a"
-                " closure do all of it: zero_grad(), the passes forward and backward, return the loss.",
-            )
+            self._warn_once("partial", NOT_TRIED.format(type(self).__name__, evaluation.partial))
             return
         # Both with the sign of what is minimised.
         differentiated = float(evaluation.objective.detach())

@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+# Of an optimizer, and why.
+NOT_TRIED = (
+    "{} took a damped step without trying it, as {}. If that was not meant, call zero_grad() before backward."
+    " Otherwise let one closure make all passes, or give model= and no closure: the loss of one pass cannot"
+    " judge the step, and damping or radius do not adapt."
+)
+
 
 class StepReport(NamedTuple):
     """What the last step did.

@@ -105,6 +105,12 @@ def _is_custom(node: Node) -> bool:
     return bool(getattr(node, "_saved_scale_grad_by_freq", False))
 
 
+def leaves(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """The leaves behind ``tensors``, whose ``.grad`` a backward pass adds to."""
+    found = (getattr(node, "variable", None) for node in nodes(tensors) if "AccumulateGrad" in node.name())
+    return [leaf for leaf in found if leaf is not None]
+
+
 def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
     """All nodes behind ``tensors``, each once."""
     seen = {tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None}

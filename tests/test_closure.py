@@ -603,3 +603,45 @@ def test_weight_norm_is_decomposed_while_recording():
 
 def parameters_size(parameters):
     return sum(p.numel() for p in parameters)
+
+
+def test_gradients_of_other_parameters_are_those_of_the_closure():
+    """Their optimizer is stepped next."""
+    case = zoo.network("mlp_mse")
+    own, others = list(case.model[2].parameters()), list(case.model[0].parameters())
+
+    def closure():
+        case.model.zero_grad()
+        loss = case.value()
+        loss.backward()
+        return loss
+
+    run = ClosureEvaluator(closure, own)
+    run.record()
+    expected = torch.autograd.grad(case.value(), others)
+    for _ in range(2):
+        run.value()
+        run.gradient()
+    for parameter, gradient in zip(others, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, **TOLERANCE)
+
+
+def test_hooks_on_parameters_act_on_the_gradient_not_on_products():
+    case, calls = zoo.network("mlp_mse"), []
+    parameters = list(case.model.parameters())
+    for parameter in parameters:
+        parameter.register_hook(lambda g: calls.append(1) or g.clamp(-1e-3, 1e-3))
+    run = evaluator(case, closures(case)["backward"])
+    evaluation = run.record()
+    assert float(evaluation.gradient.abs().max()) == 1e-3
+    assert len(calls) == len(parameters)
+    with run.differentiating():
+        dense = GaussNewton.of_blocks(evaluation.coverage.blocks, parameters).dense()
+    assert len(calls) == len(parameters)
+    for parameter in parameters:
+        assert len(parameter._backward_hooks) == 1
+    case.value().backward()
+    assert len(calls) == 2 * len(parameters)
+    for parameter in parameters:
+        parameter._backward_hooks.clear()
+    torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)

@@ -363,7 +363,7 @@ def test_passes_before_the_closure_scale_the_curvature():
     gradient = accumulated(batches, parameters)
     evaluation = ClosureEvaluator(partial(accumulate, batches[2]), parameters).record()
     assert_matrix(evaluation.gradient, gradient)
-    assert "2 backward passes before the closure" in evaluation.partial
+    assert r"2 backward pass(es) before the closure" in evaluation.partial
     assert_curvature(evaluation, batches[2], 3)
 
 

@@ -99,9 +99,9 @@ class TestLightning:
         module = self.module(make)
         before = loss_of(module.network)
         trainer = self.trainer(tmp_path, enable_checkpointing=False, accumulate_grad_batches=3)
-        with pytest.warns(UserWarning, match="added to that of 2 backward passes before") as caught:
+        with pytest.warns(UserWarning, match="added to that of 2 backward pass") as caught:
             trainer.fit(module, DataLoader(dataset(), batch_size=50))
-        assert sum("backward passes before" in str(warning.message) for warning in caught) == 1
+        assert sum("2 backward pass" in str(warning.message) for warning in caught) == 1
         assert trainer.global_step == 10
         assert loss_of(module.network) < 0.9 * before
 

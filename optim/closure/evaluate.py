@@ -18,7 +18,8 @@ from optim.closure.accumulation import Accumulation, marks, were_written
 from optim.closure.losses import Coverage, cover, explicit, refuse_reentrant_checkpoint
 from optim.closure.modes import Record, Value, Weighted
 from optim.closure.returned import finite, number, root_of, split
-from optim.closure.setting import evaluating, grads_put_aside
+from optim.closure.setting import evaluating, grads_put_aside, without_hooks
+from secondorder import graph
 from secondorder.flat import flatten, is_finite
 from secondorder.guard import RandomState, WriteGuard
 from secondorder.ladder import MissingDerivativeError
@@ -71,6 +72,8 @@ class ClosureEvaluator:
         # Of the recorded run, whose writes stay unless the step fails.
         self._guard = WriteGuard()
         self._differentiates = False
+        # Leaves that the loss depends on and that the optimizer does not move.
+        self._others: list[Tensor] = []
 
     @contextlib.contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -106,10 +109,12 @@ class ClosureEvaluator:
     def differentiating(self) -> Iterator[None]:
         """Around products on the recorded graph: a checkpoint computes again what was recorded.
 
+        Hooks on parameters, which clip a gradient for one, do not act: a product is no gradient.
+
         Raises:
             MissingDerivativeError: the graph holds an operation without a second derivative.
         """
-        with evaluating():
+        with evaluating(), without_hooks(self._parameters):
             try:
                 yield
             except MissingDerivativeError as error:
@@ -138,7 +143,7 @@ class ClosureEvaluator:
         gradient = self._gradient()
         partial, scale = "", 1.0
         if mode.earlier_passes is not None:
-            what = f"{mode.earlier_passes} backward passes" if mode.earlier_passes else "an earlier step"
+            what = f"{mode.earlier_passes} backward pass(es)" if mode.earlier_passes else "an earlier step"
             partial = f"the gradient was added to that of {what} before the closure"
             scale += mode.earlier_passes
         return self._evaluation(mode, loss, value, roots, gradient, outputs, partial, scale)
@@ -158,12 +163,14 @@ class ClosureEvaluator:
         self._differentiates = mode.differentiates
         tensors = [root for root, _ in roots]
         refuse_reentrant_checkpoint(tensors)
+        own = {id(parameter) for parameter in self._parameters}
+        self._others = [leaf for leaf in graph.leaves(tensors) if id(leaf) not in own]
         if not is_finite(gradient):
             raise RuntimeError(
                 "the gradient at the current parameters must be finite, got NaN or infinity;"
                 " look for the operation with torch.autograd.set_detect_anomaly(True)."
             )
-        with torch.enable_grad(), self.differentiating():
+        with torch.enable_grad(), evaluating():
             weights = [self._sign * scale * weight for _, weight in roots]
             terms = [(root * weight).sum() for root, weight in zip(tensors, weights, strict=True)]
             objective = sum(terms[1:], start=terms[0])
@@ -178,14 +185,16 @@ class ClosureEvaluator:
 
     def value(self) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors."""
-        gradients = {parameter: parameter.grad for parameter in self._parameters}
-        with self._rewound(), grads_put_aside(self._parameters), WriteGuard() as guard:
+        leaves = (*self._parameters, *self._others)
+        gradients = {leaf: leaf.grad for leaf in leaves}
+        with self._rewound(), grads_put_aside(leaves), WriteGuard() as guard:
             mode = Value(guard, gradients, self._differentiates)
             return self._sign * number(self._replay(mode, gradients=self._differentiates))
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
-        with self._rewound(), grads_put_aside(self._parameters), WriteGuard() as guard:
+        leaves = (*self._parameters, *self._others)
+        with self._rewound(), grads_put_aside(leaves), WriteGuard() as guard:
             mode = Record(self._parameters, guard)
             loss = self._replay(mode, gradients=True)
             if not mode.roots:
@@ -202,7 +211,7 @@ class ClosureEvaluator:
             return split(self._closure())[0]
 
     def _fill_grads(self, root: Tensor) -> None:
-        with self.differentiating():
+        with evaluating():
             grads = torch.autograd.grad(root, self._parameters, retain_graph=True, allow_unused=True)
         for parameter, grad in zip(self._parameters, grads, strict=True):
             parameter.grad = grad

@@ -47,6 +47,19 @@ def trial(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks that are registered on the parameters are not called inside."""
+    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    try:
+        for parameter, _ in hooks:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, registered in hooks:
+            parameter._backward_hooks = registered
+
+
+@contextlib.contextmanager
 def grads_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Whatever happens to ``.grad`` inside does not reach the user's."""
     grads = [parameter.grad for parameter in parameters]

@@ -233,7 +233,10 @@ class Tape:
         """Why a run would give something else than the recorded one; empty where it would not."""
         constants = [c for node in self._nodes() for c in node.leaves or () if isinstance(c, Constant)]
         if any(constant.depends for constant in constants):
-            return "the loss uses a tensor that was computed from parameters outside of model="
+            return (
+                "the loss uses a tensor that was computed from parameters outside of model= (for an L2 term"
+                " there is weight_decay=)"
+            )
         if any(constant.version != _version(constant.tensor) for constant in constants):
             return "an input was changed in place after it was used"
         return ""
