@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -42,13 +43,16 @@ _REASONS = {
 }
 
 
-def refuse(optimizer: str, options: Mapping[str, Any]) -> None:
+def refuse(optimizer: type, options: Mapping[str, Any]) -> None:
     """Raise TypeError for options that are not the optimizer's; those at torch's defaults pass."""
     for name, value in options.items():
         if name not in _REASONS:
-            raise TypeError(f"{optimizer} got an unexpected option {name!r}.")
+            known = list(inspect.signature(optimizer).parameters)[1:-1]
+            raise TypeError(
+                f"{optimizer.__name__} got an unexpected option {name!r}; it takes {', '.join(known)}."
+            )
         if value:
-            raise TypeError(f"{optimizer} does not support {name}={value!r}: {_REASONS[name]}.")
+            raise TypeError(f"{optimizer.__name__} does not support {name}={value!r}: {_REASONS[name]}.")
 
 
 def check_count(options: Mapping[str, Any], *names: str) -> None:

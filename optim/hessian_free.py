@@ -89,7 +89,7 @@ class HessianFree(SecondOrderOptimizer):
         model: nn.Module | None = None,
         **unsupported: Any,
     ) -> None:
-        refuse(type(self).__name__, unsupported)
+        refuse(type(self), unsupported)
         defaults: dict[str, Any] = dict(
             lr=lr,
             damping=damping,

@@ -79,7 +79,7 @@ class Newton(SecondOrderOptimizer):
         model: nn.Module | None = None,
         **unsupported: Any,
     ) -> None:
-        refuse(type(self).__name__, unsupported)
+        refuse(type(self), unsupported)
         defaults: dict[str, Any] = dict(
             lr=lr,
             radius=radius,

@@ -156,14 +156,22 @@ class RandomState:
         others = {device for device in devices if device.type not in ("cpu", "meta")}
         self._devices = sorted(others, key=str)
         self._saved: list[Tensor] = []
+        self._generators: dict[torch.Generator, Tensor] = {}
 
     def save(self) -> None:
         """Note the present state."""
         self._saved = self._read()
+        self._generators = {}
+
+    def watch(self, generator: torch.Generator | None) -> None:
+        """A generator of its own is about to be used: note its state, the first time since ``save``."""
+        if generator is not None and generator not in self._generators:
+            self._generators[generator] = generator.get_state()
 
     def restore(self) -> None:
         """Put the saved state back."""
         self._write(self._saved)
+        self._set(self._generators)
 
     def has_moved(self) -> bool:
         """Whether random numbers were drawn since ``save``."""
@@ -173,11 +181,18 @@ class RandomState:
     def replayed(self) -> Iterator[None]:
         """Start from the saved state; afterwards the present one is back."""
         present = self._read()
+        generators = {generator: generator.get_state() for generator in self._generators}
         try:
-            self._write(self._saved)
+            self.restore()
             yield
         finally:
             self._write(present)
+            self._set(generators)
+
+    @staticmethod
+    def _set(states: dict[torch.Generator, Tensor]) -> None:
+        for generator, state in states.items():
+            generator.set_state(state)
 
     def _read(self) -> list[Tensor]:
         states = [torch.get_rng_state()]

@@ -645,3 +645,23 @@ def test_hooks_on_parameters_act_on_the_gradient_not_on_products():
     for parameter in parameters:
         parameter._backward_hooks.clear()
     torch.testing.assert_close(dense, oracles.dense_gauss_newton(case), **TOLERANCE)
+
+
+def test_a_generator_of_its_own_is_replayed():
+    case, generator = zoo.network("mlp_mse"), torch.Generator().manual_seed(5)
+
+    def closure():
+        noise = torch.randn(case.inputs.shape, generator=generator, dtype=torch.float64)
+        return F.mse_loss(case.model(case.inputs + noise), case.targets)
+
+    once = torch.Generator().manual_seed(5)
+    torch.randn(case.inputs.shape, generator=once, dtype=torch.float64)
+    run = evaluator(case, closure)
+    value = run.record().value
+    assert run.value() == value
+    run.gradient()
+    assert torch.equal(generator.get_state(), once.get_state())
+    failing = evaluator(case, lambda: closure() / 0)
+    with pytest.raises(RuntimeError, match="must be finite"), failing.restored_on_error():
+        failing.record()
+    assert torch.equal(generator.get_state(), once.get_state())

@@ -160,7 +160,7 @@ def test_options_that_do_not_apply_say_why(make, option):
     make([w], **{option: False})
     with pytest.raises(TypeError, match=f"does not support {option}=True: "):
         make([w], **{option: True})
-    with pytest.raises(TypeError, match="unexpected option 'momentum'"):
+    with pytest.raises(TypeError, match="unexpected option 'momentum'; it takes lr, "):
         make([w], momentum=0.9)
 
 

@@ -124,7 +124,7 @@ class ClosureEvaluator:
     def _run_for_real(self, closure: Closure) -> tuple[Any, Record, bool]:
         """What it returned, what was recorded, and whether it wrote to a ``.grad``."""
         self._random.save()
-        mode = Record(self._parameters, self._guard, self._accumulation)
+        mode = Record(self._parameters, self._guard, self._accumulation, self._random)
         before = marks(self._parameters)
         with torch.enable_grad(), evaluating(), mode:
             returned = closure()

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away
 from optim.closure.losses import LossLog
 from secondorder.decompose import CUDNN, WITHOUT_SECOND_DERIVATIVE
-from secondorder.guard import WriteGuard, is_transformed
+from secondorder.guard import RandomState, WriteGuard, is_transformed
 
 BACKWARD: dict[Callable[..., Any], inspect.Signature] = {
     func: inspect.signature(func) for func in (Tensor.backward, torch.autograd.backward)
@@ -66,6 +66,7 @@ class Record(TorchFunctionMode):
         parameters: Those of the optimizer.
         guard: Keeps what is written to.
         accumulation: Counts the backward passes that ``.grad`` holds already.
+        random: Notes the generators that are used.
 
     Attributes:
         roots: Tensors on which ``backward`` was called, with the gradient that each was given.
@@ -77,7 +78,11 @@ class Record(TorchFunctionMode):
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], guard: WriteGuard, accumulation: Accumulation | None = None
+        self,
+        parameters: Sequence[Tensor],
+        guard: WriteGuard,
+        accumulation: Accumulation | None = None,
+        random: RandomState | None = None,
     ) -> None:
         super().__init__()
         self.roots: Weighted = []
@@ -88,6 +93,7 @@ class Record(TorchFunctionMode):
         self._parameters = parameters
         self._guard = guard
         self._accumulation = accumulation
+        self._random = random
         self._marks: Marks = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,6 +111,8 @@ class Record(TorchFunctionMode):
                 " the loss itself (bfloat16 needs no scaler), or give the optimizer model= and call"
                 " scaler.step(optimizer) without a closure."
             )
+        if self._random is not None:
+            self._random.watch(kwargs.get("generator"))
         if func in WITHOUT_SECOND_DERIVATIVE:
             _refuse_checkpoint(func, args)
         result = self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs)

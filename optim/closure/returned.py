@@ -22,8 +22,9 @@ def split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
         outputs = returned[1] if isinstance(returned[1], tuple) else (returned[1],)
     if not isinstance(loss, Tensor | float | int):
         raise TypeError(
-            f"closure must return the loss or (loss, outputs), got {type(loss).__name__};"
-            " end it with 'return loss'."
+            f"closure must return the loss or (loss, outputs), got {type(loss).__name__}; end it with 'return"
+            " loss'. Where a framework makes the closure and backward is called outside of it (manual"
+            " optimization of Lightning), give the optimizer model=."
         )
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise RuntimeError(
