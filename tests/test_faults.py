@@ -241,3 +241,27 @@ def test_several_processes_are_warned_of(make, monkeypatch):
     with pytest.warns(UserWarning, match="parameters of several processes drift apart"):
         optimizer.step(closure_of(model, optimizer))
     optimizer.step(closure_of(model, optimizer))  # once: warnings are errors
+
+
+def test_an_error_after_a_rejected_trial_restores_damping_and_radius(make):
+    model = network()
+    optimizer = make(model.parameters())
+    optimizer.step(closure_of(model, optimizer))
+    snapshot, calls = Snapshot(model, optimizer), []
+
+    name = "damping" if "damping" in optimizer.param_groups[0] else "radius"
+    before = optimizer.param_groups[0][name]
+
+    def fault(loss):
+        """NaN in trials until the control has moved, then an interrupt."""
+        calls.append(1)
+        if len(calls) == 1:
+            return loss
+        if optimizer.param_groups[0][name] == before:
+            return loss * float("nan")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure_of(model, optimizer, fault))
+    assert len(calls) > 2
+    snapshot.assert_same()

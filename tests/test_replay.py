@@ -13,6 +13,7 @@ import zoo
 from torch import nn
 
 import optim
+import secondorder
 
 OPTIMIZERS = {"newton": optim.Newton, "hessian_free": optim.HessianFree, "gauss_newton": optim.GaussNewton}
 
@@ -694,3 +695,53 @@ def test_an_interrupt_leaves_everything_as_it_was(make, error, monkeypatch):
     monkeypatch.undo()
     # The same step, taken after all.
     assert float(optimizer.step()) > optimizer.report.new_loss
+
+
+def test_autocast_is_that_of_the_call():
+    """Float64, as above, it leaves alone."""
+
+    def compute(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = model(X.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(z @ torch.eye(3), Y)
+        loss.backward()
+        return loss
+
+    (losses, *_), (ours, *_) = pair(optim.GaussNewton, compute, model=lambda: network(torch.float32))
+    assert ours == pytest.approx(losses, rel=1e-6)
+
+
+def test_gradients_off_and_targets_written_to_are_those_of_the_call():
+    def compute(model):
+        z = model(X)
+        with torch.no_grad():
+            scale = z.abs().amax(1, keepdim=True) + 1
+        # Read before and after it is written to, in every evaluation.
+        board = torch.ones_like(X[:, :3])
+        board += z / scale
+        loss = F.cross_entropy(board * z.sign().mul_(0.5).add_(1), Y)
+        loss.backward()
+        return loss
+
+    (losses, *_), (ours, *_) = pair(optim.GaussNewton, compute)
+    assert ours == pytest.approx(losses, rel=1e-9)
+
+
+def test_a_multiple_of_the_gradient_scales_the_curvature():
+    model = nn.Linear(4, 3).double()
+    optimizer = optim.GaussNewton(model.parameters(), model=model, damping=0.5, solver="direct")
+    parameters = list(model.parameters())
+    loss = F.cross_entropy(model(X), Y)
+    G = secondorder.GaussNewton(F.cross_entropy(z := model(X), Y), z, parameters).dense()
+    g = torch.cat([t.flatten() for t in torch.autograd.grad(F.cross_entropy(model(X), Y), parameters)])
+    before = torch.cat([p.detach().flatten() for p in parameters])
+    optimizer.zero_grad()
+    loss.backward()
+    for parameter in parameters:
+        parameter.grad *= 3
+    with pytest.warns(UserWarning, match="3 times the gradient"):
+        optimizer.step()
+    step = torch.cat([p.detach().flatten() for p in parameters]) - before
+    expected = -torch.linalg.solve(3 * G + 0.5 * torch.eye(len(g), dtype=g.dtype), 3 * g)
+    torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-12)
