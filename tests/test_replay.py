@@ -745,3 +745,15 @@ def test_a_multiple_of_the_gradient_scales_the_curvature():
     step = torch.cat([p.detach().flatten() for p in parameters]) - before
     expected = -torch.linalg.solve(3 * G + 0.5 * torch.eye(len(g), dtype=g.dtype), 3 * g)
     torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_hooks_of_the_module_that_were_there_before():
+    """They see what the call was given, once."""
+
+    def hooked():
+        model = network()
+        model.register_forward_pre_hook(lambda module, args: (2 * args[0] + 1,))
+        return model
+
+    (losses, *_), (ours, *_) = pair(optim.GaussNewton, cross_entropy, model=hooked)
+    assert ours == pytest.approx(losses, rel=1e-9)
