@@ -161,6 +161,7 @@ class Case:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.slow
 def test_curvature_and_trials_of_layers(name):
     """A trial has the mask, and starts from the buffers, of the recorded run."""
     case = Case(name)
@@ -252,6 +253,7 @@ def loss_case(kind, loss):
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")  # of kl_div
 @pytest.mark.parametrize("reduction", ["none", "weighted", "sum", "mean"])
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
 def test_curvature_of_losses_and_reductions(name, reduction):
     kind, func = LOSSES[name]
 

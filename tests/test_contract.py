@@ -460,6 +460,7 @@ def test_a_compiled_model_runs_eager_in_a_step(make, backend):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_groups_whose_rates_differ_do_not_solve_the_same_system_again(make):
     """Where the one that moves has converged and the other does not move: ten times a step, once."""
     case = zoo.network("mlp_mse")

@@ -143,6 +143,7 @@ def first_difference(module, cases=CASES):
     return None
 
 
+@pytest.mark.slow
 def test_equals_torch_on_random_calls():
     assert first_difference(secondorder.functional) is None
 

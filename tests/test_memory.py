@@ -22,6 +22,7 @@ LIMITS = {
 
 @pytest.mark.parametrize(("name", "keep_graph"), LIMITS)
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
+@pytest.mark.slow
 def test_peak_memory_is_what_the_docstrings_state(build, name, keep_graph):
     model, x, targets = build()
     parameters = list(model.parameters())
@@ -50,6 +51,7 @@ FUNCTIONAL = {"hvp": 3.05, "vhp": 3.05, "jvp": 2.35, "ggnvp": 2.5, "fvp": 2.5}
 
 @pytest.mark.parametrize("name", FUNCTIONAL)
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
+@pytest.mark.slow
 def test_peak_memory_of_one_call(build, name):
     model, x, targets = build()
     parameters = list(model.parameters())

@@ -47,6 +47,7 @@ def sources(case):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.slow
 def test_all_quantities_equal_dense_ones_however_the_data_is_cut(network_case, reduction):
     case = network_case
     parameters = tuple(case.model.parameters())

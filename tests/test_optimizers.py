@@ -40,6 +40,7 @@ def closure_of(case, optimizer):
     return closure
 
 
+@pytest.mark.slow
 def test_trains_every_network_without_ever_increasing_the_loss(network_case, make):
     optimizer = make(network_case.model.parameters())
     closure, losses = closure_of(network_case, optimizer), []
@@ -322,6 +323,7 @@ def test_report_says_what_was_used():
 
 
 @pytest.mark.parametrize("make", [optim.Newton, optim.HessianFree, optim.GaussNewton])
+@pytest.mark.slow
 def test_single_precision_goes_below_where_a_formed_matrix_stalls(make):
     """With the matrix formed in float32 this fit stalled above 1e-6 (Newton, GaussNewton)."""
     x = torch.linspace(-2, 2, 100).unsqueeze(1)

@@ -167,6 +167,7 @@ COMPUTE = [
 
 @pytest.mark.filterwarnings("ignore:.* found no Gauss-Newton matrix")  # of masked
 @pytest.mark.parametrize("compute", COMPUTE, ids=lambda f: f.__name__)
+@pytest.mark.slow
 def test_steps_are_those_of_the_closure(compute, make):
     (losses, model, optimizer, number), (ours, watched, again, drawn) = pair(make, compute)
     # A loss that is returned as a number comes back in single precision.
