@@ -27,9 +27,8 @@ from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
 from optim._options import check_not_negative
 from optim._report import NOT_TRIED, StepReport
 from optim._scaling import scaled, unscaled
-from optim.closure.accumulation import Accumulation
-from optim.closure.evaluate import ClosureEvaluator, Evaluation
-from optim.closure.replay import Replay, ReplayEvaluator
+from optim.closure.evaluate import Evaluation
+from optim.closure.source import Source
 from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
 from secondorder.flat import is_finite, unflatten
 
@@ -50,21 +49,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     # Kinds of the warnings given so far: each is given once.
     _warned: frozenset[str] = frozenset()
     _model: nn.Module | None = None
-    _replay: Replay | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None = None) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        # Before torch looks at the parameters, as its own optimizers do.
         self._check_options(defaults)
         super().__init__(params, defaults)
         self._watch(model)
 
     def _watch(self, model: nn.Module | None) -> None:
         """Record the calls of the model from now on, for steps without a closure."""
-        self._accumulation = Accumulation()
         self._model = model
         itself = weakref.ref(self)
-        self._replay = None if model is None else Replay(model, lambda: _parameters_of(itself()))
+        self._source = Source(type(self).__name__, model, lambda: _parameters_of(itself()))
 
     @abstractmethod
     def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
@@ -90,7 +88,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """As torch's."""
         super().zero_grad(set_to_none)
         # To be seen apart from a backward pass, which writes to .grad too.
-        self._accumulation.mark(_parameters_of(self))
+        self._source.mark(_parameters_of(self))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own ``lr``, ``weight_decay`` and ``damping_scale``.
@@ -153,10 +151,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         parameters = self._parameters()
         self._check_processes()
-        evaluator = self._evaluator(closure, parameters)
-        if evaluator is None:
+        if self._has_nothing(closure, parameters):
             self._make_state()
             return None
+        sign = -1 if self.param_groups[0]["maximize"] else 1
+        evaluator = self._source.evaluator(closure, parameters, sign)
         with evaluator.restored_on_error(), self._stepping():
             evaluation = evaluator.record()
             self._check_returned(evaluation)
@@ -173,43 +172,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if outcome.taken is not None:
             for parameter, part in zip(parameters, unflatten(outcome.taken.step, parameters), strict=True):
                 parameter.add_(part.to(parameter.dtype))
-        self._accumulation.mark(parameters)
-        if self._replay is not None:
-            self._replay.tape.forget()
+        self._source.close(parameters)
         self.report = self._report(model, outcome, counter, description)
         return evaluation.loss
 
-    def _evaluator(
-        self, closure: Callable[[], Any] | None, parameters: list[Tensor]
-    ) -> ClosureEvaluator | None:
-        """What evaluates the loss; None where there is nothing to evaluate."""
-        sign = -1 if self.param_groups[0]["maximize"] else 1
-        tape = None if self._replay is None or not self._replay.tape.roots else self._replay.tape
+    def _has_nothing(self, closure: Callable[[], Any] | None, parameters: list[Tensor]) -> bool:
+        """Neither a closure nor a gradient. One of zeros counts where it was computed and weights decay."""
         grads = [p.grad for p in parameters if p.grad is not None]
-        decays = bool(tape and grads and WeightDecay.of(self.param_groups))
-        if closure is None and not decays and not any(bool(grad.any()) for grad in grads):
-            return None
-        if closure is not None and not callable(closure):
-            raise TypeError(
-                f"closure must be a function that evaluates the model and returns the loss, got"
-                f" {type(closure).__name__}; the closure of torch.optim.LBFGS works as it is."
-            )
-        if tape is not None:
-            return ReplayEvaluator(tape, closure, parameters, sign, self._accumulation)
-        if closure is not None:
-            return ClosureEvaluator(closure, parameters, sign, self._accumulation)
-        name = type(self).__name__
-        if self._replay is None:
-            raise TypeError(
-                f"{name}.step needs a closure that evaluates the model and returns the loss, got None; the"
-                f" closure of torch.optim.LBFGS works as it is. Without one, give {name} model=."
-            )
-        raise RuntimeError(
-            f"{name}.step was called without a closure, but no backward pass through the outputs of model="
-            " was seen since the last step: the module itself must be called, with gradients on, and its"
-            " outputs not pass a torch.autograd.Function (full backward hooks are), torch.func or torch.jit."
-            " Otherwise give step a closure."
-        )
+        if closure is not None or any(bool(grad.any()) for grad in grads):
+            return False
+        return not (grads and self._source.has_seen() and WeightDecay.of(self.param_groups))
 
     @contextlib.contextmanager
     def _stepping(self) -> Iterator[None]:
@@ -217,7 +189,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         groups = [dict(group) for group in self.param_groups]
         state = {parameter: dict(values) for parameter, values in self.state.items()}
         try:
-            with contextlib.nullcontext() if self._replay is None else self._replay.suspended():
+            with self._source.suspended():
                 yield
         except BaseException:
             for group, before in zip(self.param_groups, groups, strict=True):
@@ -259,16 +231,19 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return None
 
     def _minimise(self, model: QuadraticModel, judge: Judge | None, counter: Counter) -> _Outcome:
-        """Solve and try, with more damping after each failure, until a step is worth taking."""
+        """Solve and try, with more damping after each failure, until a step is worth taking.
+
+        Without a judge the first solution is taken.
+        """
         if self._is_direct(model.curvature):
             dense = MatrixOperator(model.curvature.dense(), is_symmetric=True)
             counter.add_products(len(dense.dense()))
             if not bool(dense.dense().isfinite().all()):
                 return _Outcome("non_finite")
             model = model._replace(curvature=dense)
-        rate, scale = self._of_groups("lr", model.gradient), self._scale(model.gradient)
+        rate, scale = self._of_groups("lr", model.gradient), self._of_groups("damping_scale", model.gradient)
         in_scale = scaled(model, scale)
-        status = ""
+        outcome = _Outcome("")
         for _ in range(self.param_groups[0]["max_trials"]):
             proposal = self._solve(in_scale)
             step_norm = float(proposal.result.x.norm())
@@ -278,13 +253,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             if judge is None:
                 step = rate * proposal.result.x
                 return _Outcome(status, taken=Taken(step, math.nan) if is_finite(step) else None)
-            taken = judge.try_out(proposal, rate)
+            outcome = _Outcome(status, taken=judge.try_out(proposal, rate), rho=judge.rho)
             self._adapt(judge.rho, step_norm)
             # A model that is right has nothing better to give to groups whose rates differ.
             is_right = isinstance(rate, Tensor) and judge.rho > ACCEPTANCE
-            if taken is not None or is_right:
-                return _Outcome(status, judge.rho, taken)
-        return _Outcome(status, math.nan if judge is None else judge.rho)
+            if outcome.taken is not None or is_right:
+                break
+        return outcome
 
     def _parameters(self) -> list[Tensor]:
         """All parameters that can move; one joint model over all groups."""
@@ -304,10 +279,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     f" and {parameter.dtype} on {parameter.device}."
                 )
         return parameters
-
-    def _scale(self, like: Tensor) -> float | Tensor:
-        """The factor of the damping, as ``_of_groups``."""
-        return self._of_groups("damping_scale", like)
 
     def _of_groups(self, name: str, like: Tensor) -> float | Tensor:
         """An option of the groups: a number where all agree, else one for each entry, shape (n,)."""

@@ -61,6 +61,7 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
         return replacement(*args, **(kwargs or {}))
 
 
+# By cuDNN on a GPU, unless it is switched off.
 CUDNN = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 # Their second derivative is missing or, of the first three, wrong in silence: whoever differentiates twice

@@ -19,10 +19,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def is_finite(vector: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: one host read.
-
-    Reads it once, where ``isfinite().all()`` also writes: 0.1 ms and 4 ms of 3 million entries on CPU.
-    """
+    """Whether no entry is NaN or infinite: one host read, no new memory."""
     # The sum of finite numbers may be infinite.
     return math.isfinite(float(vector.sum())) or bool(vector.isfinite().all())
 

@@ -187,7 +187,8 @@ class RandomState:
             yield
         finally:
             self._write(present)
-            self._set(generators)
+            # Those that were first used inside as they were before.
+            self._set({**self._generators, **generators})
 
     @staticmethod
     def _set(states: dict[torch.Generator, Tensor]) -> None:

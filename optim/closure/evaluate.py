@@ -124,21 +124,20 @@ class ClosureEvaluator:
     def _run_for_real(self, closure: Closure) -> tuple[Any, Record, bool]:
         """What it returned, what was recorded, and whether it wrote to a ``.grad``."""
         self._random.save()
-        mode = Record(self._parameters, self._guard, self._accumulation, self._random)
+        mode = Record(self._parameters, self._guard, self._random, self._accumulation)
         before = marks(self._parameters)
         with torch.enable_grad(), evaluating(), mode:
             returned = closure()
+        refuse_reentrant_checkpoint([root for root, _ in mode.roots])
         return returned, mode, were_written(self._parameters, before)
 
     def _evaluation_of(self, returned: Any, mode: Record, has_filled: bool) -> Evaluation:
         """Of a closure that ran."""
         loss, outputs = split(returned)
-        value, roots = finite(loss), mode.roots
-        if not roots and has_filled:
-            roots = mode.differentiated
+        value = finite(loss)
+        roots = mode.roots or (mode.differentiated if has_filled else [])
         if not roots:
             roots = [root_of(loss)]
-            refuse_reentrant_checkpoint([roots[0][0]])
             self._fill_grads(roots[0][0])
         gradient = self._gradient()
         partial, scale = "", 1.0
@@ -162,7 +161,6 @@ class ClosureEvaluator:
         """Objective and coverage of the roots; with curvature ``scale`` times theirs."""
         self._differentiates = mode.differentiates
         tensors = [root for root, _ in roots]
-        refuse_reentrant_checkpoint(tensors)
         own = {id(parameter) for parameter in self._parameters}
         self._others = [leaf for leaf in graph.leaves(tensors) if id(leaf) not in own]
         if not is_finite(gradient):
@@ -188,14 +186,14 @@ class ClosureEvaluator:
         leaves = (*self._parameters, *self._others)
         gradients = {leaf: leaf.grad for leaf in leaves}
         with self._rewound(), grads_put_aside(leaves), WriteGuard() as guard:
-            mode = Value(guard, gradients, self._differentiates)
+            mode = Value(guard, gradients, self._differentiates, self._random)
             return self._sign * number(self._replay(mode, gradients=self._differentiates))
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
         leaves = (*self._parameters, *self._others)
         with self._rewound(), grads_put_aside(leaves), WriteGuard() as guard:
-            mode = Record(self._parameters, guard)
+            mode = Record(self._parameters, guard, self._random)
             loss = self._replay(mode, gradients=True)
             if not mode.roots:
                 self._fill_grads(root_of(loss)[0])
@@ -211,6 +209,7 @@ class ClosureEvaluator:
             return split(self._closure())[0]
 
     def _fill_grads(self, root: Tensor) -> None:
+        refuse_reentrant_checkpoint([root])
         with evaluating():
             grads = torch.autograd.grad(root, self._parameters, retain_graph=True, allow_unused=True)
         for parameter, grad in zip(self._parameters, grads, strict=True):

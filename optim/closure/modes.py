@@ -65,8 +65,8 @@ class Record(TorchFunctionMode):
     Args:
         parameters: Those of the optimizer.
         guard: Keeps what is written to.
-        accumulation: Counts the backward passes that ``.grad`` holds already.
         random: Notes the generators that are used.
+        accumulation: Counts the backward passes that ``.grad`` holds already.
 
     Attributes:
         roots: Tensors on which ``backward`` was called, with the gradient that each was given.
@@ -81,8 +81,8 @@ class Record(TorchFunctionMode):
         self,
         parameters: Sequence[Tensor],
         guard: WriteGuard,
+        random: RandomState,
         accumulation: Accumulation | None = None,
-        random: RandomState | None = None,
     ) -> None:
         super().__init__()
         self.roots: Weighted = []
@@ -111,8 +111,7 @@ class Record(TorchFunctionMode):
                 " the loss itself (bfloat16 needs no scaler), or give the optimizer model= and call"
                 " scaler.step(optimizer) without a closure."
             )
-        if self._random is not None:
-            self._random.watch(kwargs.get("generator"))
+        self._random.watch(kwargs.get("generator"))
         if func in WITHOUT_SECOND_DERIVATIVE:
             _refuse_checkpoint(func, args)
         result = self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs)
@@ -166,22 +165,30 @@ class Value(TorchFunctionMode):
         guard: Undoes writes.
         gradients: For each parameter what ``.grad`` holds after a backward that was swallowed.
         differentiates: The closure differentiates itself: gradients stay as it wants them.
+        random: Notes the generators that are used.
     """
 
     def __init__(
-        self, guard: WriteGuard, gradients: dict[Tensor, Tensor | None], differentiates: bool
+        self,
+        guard: WriteGuard,
+        gradients: dict[Tensor, Tensor | None],
+        differentiates: bool,
+        random: RandomState,
     ) -> None:
         super().__init__()
         self._guard = guard
         self._gradients = gradients
         self._differentiates = differentiates
+        self._random = random
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in BACKWARD:
             return self._fill_grads()
         if func is torch._C._set_grad_enabled and not self._differentiates:
             return None
-        return self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs or {})
+        self._random.watch(kwargs.get("generator"))
+        return self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs)
 
     def _fill_grads(self) -> None:
         """The recorded gradient, for a closure that reads or clips it; a copy that it may write to."""

@@ -37,8 +37,8 @@ class Replay:
         devices = list(dict.fromkeys(parameter.device for parameter in parameters()))
         self.tape = Tape(devices, parameters)
         self._calls: list[tuple[RandomState, Any, Any]] = []
-        # What the hook sees in a call that is made again: hooks after it are recorded on their own.
-        self._outputs: Any = None
+        # What the hook sees in calls that are made again: hooks after it are recorded on their own.
+        self._outputs: list[Any] | None = None
         # The hooks must not keep the optimizer alive.
         handles = [
             model.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
@@ -61,8 +61,9 @@ class Replay:
             self._calls.append((self.tape.random_state(), args, kwargs))
 
     def _after(self, model: nn.Module, _: Any, __: dict[str, Any], outputs: Any) -> None:
+        if self._outputs is not None:
+            self._outputs.append(outputs)
         if self.tape.is_suspended or not self._calls:
-            self._outputs = outputs
             return
         random, args, kwargs = self._calls.pop()
         results = results_of(model, (), outputs)
@@ -78,10 +79,14 @@ class Replay:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The module's outputs once more, as hooks that were registered later find them."""
-        with self.suspended():
-            self.model(*args, **kwargs)
-        outputs, self._outputs = self._outputs, None
-        return outputs
+        outputs: list[Any] = []
+        self._outputs = outputs
+        try:
+            with self.suspended():
+                self.model(*args, **kwargs)
+        finally:
+            self._outputs = None
+        return outputs[-1]
 
 
 class _Hook:
@@ -162,15 +167,16 @@ class ReplayEvaluator(ClosureEvaluator):
             self._closure = self._tape.run
         gradient, gap = self._gradient(), self._tape.changed()
         with grads_put_aside(self._parameters), WriteGuard() as guard:
-            mode = Record(self._parameters, guard)
+            mode = Record(self._parameters, guard, self._random)
             # Each call has its own random numbers.
             with self._random.replayed(), torch.enable_grad(), evaluating(), mode:
                 loss = self._closure()
             value, root = finite(loss), root_of(loss)
             self._fill_grads(root[0])
             partial, scale = _compare(gradient, self._gradient(), ROUGH if self._is_rough() else AGREEMENT)
-        if abs(value - self._tape.value()) > AGREEMENT * max(abs(value), abs(self._tape.value())):
-            gap = gap or f"the loss was {self._tape.value():.6g} and is {value:.6g} when it is computed again"
+        before = self._tape.value()
+        if abs(value - before) > AGREEMENT * max(abs(value), abs(before)):
+            gap = gap or f"the loss was {before:.6g} and is {value:.6g} when it is computed again"
         return self._evaluation(mode, loss, value, [root], gradient, (), gap or partial, scale)
 
     def _is_rough(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,9 +21,7 @@ def evaluating() -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Only where something can be compiled: it takes a second to import.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         yield
