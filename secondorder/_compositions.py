@@ -63,6 +63,7 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001 - of torch.group_norm
 ) -> Tensor:
     groups = input.reshape(input.shape[0], num_groups, math.prod(input.shape[1:]) // num_groups)
     return _affine_of_channels(_standardise(groups, [-1], eps).view(input.shape), weight, bias)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from secondorder import _arguments, ladder, output_hessians
-from secondorder._backward import pull
+from secondorder._arguments import MaybeTensors
+from secondorder._backward import HessianGraph, pull
 from secondorder._tree import Tree, scalar
 from secondorder.convolutions import lighten_gradients
 from secondorder.flat import flatten, unflatten
-from secondorder.graph import refuse_wrong
+from secondorder.graph import Kinds, refuse_wrong
 from secondorder.parameter_operators import Jacobian, ParameterOperator, Pull, ThroughOutputs, tried
 
 Function = Callable[..., Any]
@@ -81,7 +82,7 @@ class Hessian(ParameterOperator):
     ) -> None:
         super().__init__(parameters, batched)
         _check_loss(loss)
-        refuse_wrong(loss)
+        refuse_wrong((loss,), self.parameters)
         self._loss = loss
         grads = self._differentiate()
         if all(grad is None for grad in grads):
@@ -92,7 +93,10 @@ class Hessian(ParameterOperator):
                 for g, p in zip(grads, self.parameters, strict=True)
             ]
         )
-        self._grads = grads if keep_graph else None
+        kinds = Kinds.of((loss, *grads), self.parameters)
+        # How to multiply: see HessianGraph. Where ``v^T H`` may be NaN the first product finds out.
+        self._by_rows, self._may_be_nan = kinds.divide, kinds.may_be_nan
+        self._kept = self._graph_of(grads) if keep_graph else None
 
     @classmethod
     def of(
@@ -117,34 +121,53 @@ class Hessian(ParameterOperator):
 
         return ladder.climb(build)
 
-    def _differentiate(self) -> Sequence[Tensor | None]:
+    def _differentiate(self) -> MaybeTensors:
         _arguments.refuse_inference_mode()
-        grads = torch.autograd.grad(
+        return torch.autograd.grad(
             self._loss, self.parameters, torch.ones_like(self._loss), create_graph=True, allow_unused=True
         )
-        lighten_gradients(grads, (self._loss,))
-        return grads
 
-    def differentiated(self) -> Sequence[Tensor | None]:
+    def _graph_of(self, grads: MaybeTensors) -> HessianGraph:
+        if self._by_rows:
+            return HessianGraph.by_rows(self._loss, grads, self.parameters)
+        lighten_gradients(grads, (self._loss,))
+        return HessianGraph(grads, self.parameters)
+
+    def _graph(self) -> HessianGraph:
+        """The graph, kept or built anew."""
+        return self._graph_of(self._differentiate()) if self._kept is None else self._kept
+
+    def differentiated(self) -> MaybeTensors:
         """The gradient in the graph, kept or taken anew."""
-        return self._differentiate() if self._grads is None else self._grads
+        return self._graph().outputs
 
     def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
+        product = self._multiply(parts, grad)
+        if self._may_be_nan and not self._by_rows:
+            self._may_be_nan = False
+            if not all(bool(part.isfinite().all()) for part in product):
+                self._by_rows = True
+                if self._kept is not None:
+                    self._kept = self._graph_of(self._kept.outputs)
+                product = self._multiply(parts, grad)
+        return product
+
+    def _multiply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
+        outputs, inputs = self._graph()
         # What is constant or missing contributes nothing to the second derivative.
         live = [
-            (g, part)
-            for g, part in zip(self.differentiated(), parts, strict=True)
-            if g is not None and g.requires_grad
+            (g, part) for g, part in zip(outputs, parts, strict=True) if g is not None and g.requires_grad
         ]
         if not live:
             return [torch.zeros_like(part) for part in parts]
-        return grad([g for g, _ in live], self.parameters, [part for _, part in live])
+        return grad([g for g, _ in live], inputs, [part for _, part in live])
 
     def _keep(self, indices: list[int]) -> None:
         parts = unflatten(self.gradient, self.parameters)
         self.gradient = flatten([parts[i] for i in indices])
-        if self._grads is not None:
-            self._grads = [self._grads[i] for i in indices]
+        if self._kept is not None:
+            outputs, inputs = self._kept
+            self._kept = HessianGraph(tuple(outputs[i] for i in indices), tuple(inputs[i] for i in indices))
 
 
 class GaussNewton(ThroughOutputs):
@@ -267,9 +290,9 @@ class GaussNewton(ThroughOutputs):
         # For each block: how it multiplies, and which of all outputs are its own.
         self._middles: list[tuple[_Middle, slice]] = []
         for block in blocks:
-            curved = _curved_gradients(block)
+            curved, own = _curved(block)
             start = len(outputs)
-            outputs += [output for _, output in curved]
+            outputs += own
             self._middles.append((_by_autograd(curved), slice(start, len(outputs))))
         self._is_zero = not outputs
         every = outputs or [output for block in blocks for output in block.outputs]
@@ -287,28 +310,27 @@ class GaussNewton(ThroughOutputs):
 _Middle = Callable[[list[Tensor], Pull], list[Tensor]]
 
 
-def _by_autograd(curved: list[tuple[Tensor, Tensor]]) -> _Middle:
+def _by_autograd(curved: HessianGraph) -> _Middle:
     """``w_k H_k u_k`` for one block; blocks do not share a second derivative."""
-    gradients, outputs = [g for g, _ in curved], [output for _, output in curved]
-    return lambda parts, grad: grad(gradients, outputs, parts) if gradients else []
+    live = [i for i, output in enumerate(curved.outputs) if output is not None and output.requires_grad]
+    outputs = [output for output in curved.outputs if output is not None and output.requires_grad]
+    return lambda parts, grad: grad(outputs, curved.inputs, [parts[i] for i in live]) if live else []
 
 
 def _by_closed_form(product: output_hessians.Product) -> _Middle:
     return lambda parts, _: [product(parts[0])]
 
 
-def _curved_gradients(block: Block) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of a loss with respect to its outputs, with the outputs; linear ones are left out."""
+def _curved(block: Block) -> tuple[HessianGraph, list[Tensor]]:
+    """The graph of a loss's Hessian, and its outputs; those that the loss is linear in are left out."""
     if not block.loss.requires_grad or not all(output.requires_grad for output in block.outputs):
         raise ValueError("loss and outputs must carry a graph; compute them with gradients on.")
     grads = torch.autograd.grad(block.loss, block.outputs, block.weight, create_graph=True, allow_unused=True)
     if all(grad is None for grad in grads):
         raise ValueError("loss must depend on outputs; pass the tensors it was computed from.")
-    return [
-        (grad, output)
-        for grad, output in zip(grads, block.outputs, strict=True)
-        if grad is not None and grad.requires_grad
-    ]
+    pairs = [(g, z) for g, z in zip(grads, block.outputs, strict=True) if g is not None and g.requires_grad]
+    outputs = [z for _, z in pairs]
+    return HessianGraph.of(block.loss, tuple(g for g, _ in pairs), tuple(outputs)), outputs
 
 
 def _check_loss(loss: Tensor) -> None:

@@ -8,7 +8,8 @@ derivatives of the norm layers are wrong; ``mse_loss`` and ``huber_loss`` have n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,43 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from secondorder import _compositions
+from secondorder.graph import WrongDerivativeError
+from secondorder.guard import is_transformed
+
+# A context in which derivatives are taken.
+Rung = Callable[[], contextlib.AbstractContextManager[Any]]
+
+_current: contextvars.ContextVar[Rung] = contextvars.ContextVar("current", default=contextlib.nullcontext)
+
+
+def current() -> Rung:
+    """The context that this code runs in: what goes on later with its graph is to run in it too.
+
+    A block under ``torch.utils.checkpoint`` computes again in backward passes, which must be by the same
+    kernels and operations.
+    """
+    return _current.get()
+
+
+@contextlib.contextmanager
+def _noted(rung: Rung) -> Iterator[None]:
+    token = _current.set(rung)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def math_kernels() -> Iterator[None]:
+    """Context in which operations with several kernels use those that can be differentiated twice."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with _noted(math_kernels), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like torch.no_grad
@@ -44,11 +82,8 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> decompose:
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        self._stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        self._stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)
+        self._stack.enter_context(math_kernels())
+        self._stack.enter_context(_noted(decompose))
         super().__enter__()
         return self
 
@@ -95,3 +130,52 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.huber_loss: _compositions.huber_loss,
     F.soft_margin_loss: _compositions.soft_margin_loss,
 }
+
+
+class forward_mode(TorchFunctionMode):  # noqa: N801 - used as a function, like torch.no_grad
+    """Context for functions of dual numbers: operations whose forward derivatives torch gets wrong (2.13).
+
+    Replaced are cholesky_inverse, group_norm (for batches of tangents) and roll of a single element. Refused
+    are products in scatter_reduce and, for ``order`` 2, determinants of singular matrices.
+    """
+
+    def __init__(self, order: int) -> None:
+        super().__init__()
+        self._order = order
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SCATTERS and "prod" in (*args, *kwargs.values()):
+            raise _wrong_forward("scatter_reduce with reduce='prod'")
+        result = _IN_FORWARD_MODE.get(func, func)(*args, **kwargs)
+        if self._order == 2 and func in _DETERMINANTS and _is_special(*args, **kwargs, determinant=result):
+            raise _wrong_forward("det of a singular matrix")
+        return result
+
+
+_IN_FORWARD_MODE: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.cholesky_inverse: _compositions.cholesky_inverse,
+    Tensor.cholesky_inverse: _compositions.cholesky_inverse,
+    F.group_norm: _compositions.group_norm,
+    torch.group_norm: _compositions.group_norm,
+}
+_SCATTERS = {torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_}
+_DETERMINANTS = {torch.det, torch.linalg.det, Tensor.det}
+
+
+def _wrong_forward(what: str) -> WrongDerivativeError:
+    return WrongDerivativeError(
+        f"the derivative of {what} is wrong in torch's forward mode; use reverse mode.", is_decomposed=False
+    )
+
+
+def _is_special(A: Tensor, *, determinant: Tensor, **_: Any) -> bool:
+    """Whether a matrix in a batch is singular, to rounding, by Hadamard's bound.
+
+    Under ``torch.func`` the identity is enough to get NaN: none is taken for regular there.
+    """
+    if is_transformed(A):
+        return True
+    with torch._C.DisableTorchFunction():
+        bound = torch.linalg.vector_norm(A.detach(), dim=-1).prod(-1)
+        return bool((determinant.detach().abs() <= torch.finfo(bound.dtype).eps ** 0.5 * bound).any())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,23 +28,70 @@ class HookCount:
         return bool(RemovableHandle.next_id - HookCount.own != self._start)
 
 
-def is_symmetric(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a value and its gradient were made by built-in operations alone: a symmetric Hessian.
-
-    A custom Function may return anything from its backward: then products from the left and from the
-    right differ, and ``hvp`` must not replace one by the other.
-    """
-    return not any(_is_custom(node) for node in nodes(tensors))
-
-
 # With them derivatives leave out points where a formula has none, a norm at zero for one: NaN times zero is
 # NaN in one order of the two derivatives, and never met in the other.
 _MASKS = {"MaskedFillBackward0", "WhereBackward0"}
+# Their formulas divide by an input, or are others in the last backward pass than before: where a matrix is
+# singular or a product of some entries overflows, ``v^T H`` is wrong and ``H v`` is right (torch 2.13).
+_DIVIDE = {"LinalgDetBackward0", "ProdBackward0", "ProdBackward1", "CumprodBackward0"}
+# A backward pass takes the logarithm of what it is given.
+_UNDEFINED_AT_ZERO = {"LogcumsumexpBackward0"}
+# Batched backward passes are wrong in silence for some shapes, such as one position, or as many samples as
+# channels in a group (torch 2.13).
+_BATCHED_WRONG = {"NativeGroupNormBackward0"}
 
 
-def has_masks(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether ``v^T H`` may be NaN where ``H v`` is not."""
-    return any(node.name() in _MASKS for node in nodes(tensors))
+class Kinds(NamedTuple):
+    """What kinds of nodes lie behind some tensors.
+
+    Attributes:
+        names: Of the nodes.
+        is_symmetric: A value and its gradient with these nodes have a symmetric Hessian. A custom Function
+            may return anything from its backward: then products from the left and from the right differ,
+            and ``hvp`` must not replace one by the other.
+    """
+
+    names: set[str]
+    is_symmetric: bool
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor | None], inputs: Iterable[Tensor] = ()) -> Kinds:
+        """Walk the graph, once, down to the inputs."""
+        names, is_custom = set(), False
+        for node in nodes(tensors, inputs):
+            names.add(node.name())
+            is_custom = is_custom or _is_custom(node)
+        return cls(names, not is_custom)
+
+    @property
+    def may_be_nan(self) -> bool:
+        """Whether ``v^T H`` may be NaN where ``H v`` is not."""
+        return bool(self.names & _MASKS)
+
+    @property
+    def is_undefined_at_zero(self) -> bool:
+        """Whether ``u^T H`` is NaN at zero, and at the zeros that masks leave of another ``u``."""
+        return bool(self.names & _UNDEFINED_AT_ZERO)
+
+    @property
+    def divide(self) -> bool:
+        """Whether ``v^T H`` may be wrong where ``H v`` is right."""
+        return bool(self.names & _DIVIDE)
+
+
+def is_undefined_at_zero(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a backward pass from zeros is NaN."""
+    return has_any(tensors, _UNDEFINED_AT_ZERO)
+
+
+def is_wrong_in_batches(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a batched backward pass may be wrong in silence, and a loop is not."""
+    return has_any(tensors, _BATCHED_WRONG)
+
+
+def has_any(tensors: Iterable[Tensor | None], names: set[str]) -> bool:
+    """Whether a node with one of these names lies behind ``tensors``."""
+    return any(node.name() in names for node in nodes(tensors))
 
 
 # Nodes that raise when a second backward pass reaches them (torch 2.13).
@@ -57,44 +105,128 @@ _WITHOUT_DERIVATIVE = {
 
 def has_missing(gradient: Iterable[Tensor | None]) -> bool:
     """Whether a backward pass through a gradient may meet an operation without a derivative."""
-    return any(node.name() in _WITHOUT_DERIVATIVE for node in nodes(gradient))
-
-
-# Nodes whose second derivative is wrong in silence (torch 2.13, against finite differences).
-_WRONG = {
-    "WeightNormInterfaceBackward0": "weight_norm",
-    "SparseCooTensorWithDimsAndTensorsBackward0": "sparse_coo_tensor",
-}
+    return has_any(gradient, _WITHOUT_DERIVATIVE)
 
 
 class WrongDerivativeError(RuntimeError):
-    """The graph holds an operation whose second derivative torch gets wrong in silence."""
+    """The graph holds an operation whose derivative torch gets wrong in silence.
+
+    Args:
+        message: Which, and what to do.
+        is_decomposed: Whether it is right under ``decompose()``.
+    """
+
+    def __init__(self, message: str, is_decomposed: bool = True) -> None:
+        super().__init__(message)
+        self.is_decomposed = is_decomposed
 
 
-def refuse_wrong(value: Tensor) -> None:
-    """Raise WrongDerivativeError where the graph of ``value`` holds a node that is known to be wrong."""
-    refuse_once_differentiable((value,))
-    for node in nodes((value,)):
-        name = _WRONG.get(node.name())
-        if name is not None:
-            raise WrongDerivativeError(
-                f"the second derivative of {name} is wrong in torch; compute the loss inside"
-                " secondorder.decompose.decompose()."
-            )
+# Nodes whose derivatives are wrong in silence (torch 2.13, against finite differences), and of what. In
+# ``u -> J^T u``, of which ``J v`` is the derivative:
+_WRONG_LINEAR = {"SparseCooTensorWithDimsAndTensorsBackward0": "sparse_coo_tensor"}
+# In a gradient:
+_WRONG = {**_WRONG_LINEAR, "WeightNormInterfaceBackward0": "weight_norm"}
+# In a product with a Hessian or a Jacobian, as ``create_graph`` asks for:
+_WRONG_THIRD = {
+    "NativeLayerNormBackward0": "layer_norm",
+    "NativeBatchNormBackward0": "batch_norm",
+    "CudnnBatchNormBackward0": "batch_norm",
+    "MiopenBatchNormBackward0": "batch_norm",
+}
+
+
+def refuse_wrong(
+    values: Iterable[Tensor], inputs: Iterable[Tensor] | None = None, *, create_graph: bool = False
+) -> None:
+    """Raise WrongDerivativeError where the gradient of ``values`` has derivatives that are known to be wrong.
+
+    Args:
+        values: To be differentiated twice, and once more with ``create_graph``.
+        inputs: With respect to which; with respect to all leaves when None.
+        create_graph: The products will be differentiated too.
+    """
+    order, wrong = ("third", {**_WRONG, **_WRONG_THIRD}) if create_graph else ("second", _WRONG)
+    _refuse(tuple(values), inputs, lambda node: _hides_derivative(node) or _is_named(node, wrong, order))
+
+
+def refuse_wrong_rows(
+    values: Iterable[Tensor], inputs: Iterable[Tensor], *, create_graph: bool = False
+) -> None:
+    """The same for ``J^T u`` of ``values``, to be differentiated with respect to ``u``."""
+    order, wrong = ("third", {**_WRONG, **_WRONG_THIRD}) if create_graph else ("second", _WRONG_LINEAR)
+    _refuse(tuple(values), inputs, lambda node: _hides_derivative(node) or _is_named(node, wrong, order))
+
+
+_Verdict = WrongDerivativeError | None
+
+
+def _refuse(
+    values: Iterable[Tensor], inputs: Iterable[Tensor] | None, verdict: Callable[[Node], _Verdict]
+) -> None:
+    found = {node: error for node in nodes(values) if (error := verdict(node)) is not None}
+    if not found:
+        return
+    # What is not met on the way to the inputs does no harm.
+    for node in found if inputs is None else between(values, inputs):
+        if node in found:
+            raise found[node]
+
+
+def _is_named(node: Node, wrong: dict[str, str], order: str) -> _Verdict:
+    name = wrong.get(node.name())
+    if name is None:
+        return None
+    return WrongDerivativeError(
+        f"the {order} derivative of {name} is wrong in torch; compute the loss inside"
+        " secondorder.decompose.decompose()."
+    )
 
 
 _ONCE = torch.autograd.function.once_differentiable(lambda _: None).__code__
 
 
-def refuse_once_differentiable(tensors: Iterable[Tensor | None]) -> None:
-    """Raise WrongDerivativeError where a custom Function hides its second derivative: it would be zero."""
-    for node in nodes(tensors):
-        function = getattr(type(node), "_forward_cls", None)
-        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
-            raise WrongDerivativeError(
-                f"{function.__name__} is once_differentiable and has no second derivative; write its backward"
-                " with differentiable operations, without once_differentiable."
-            )
+def _hides_derivative(node: Node) -> _Verdict:
+    """Where a custom Function's gradient is a constant to autograd: its derivative would be zero."""
+    function = getattr(type(node), "_forward_cls", None)
+    if function is None or getattr(function.backward, "__code__", None) is not _ONCE:
+        return _is_higher_order(node)
+    return WrongDerivativeError(
+        f"{function.__name__} is once_differentiable and has no second derivative; write its backward"
+        " with differentiable operations, without once_differentiable.",
+        is_decomposed=False,
+    )
+
+
+def _is_higher_order(node: Node) -> _Verdict:
+    """``torch.cond``, ``scan`` and their kin."""
+    function = getattr(type(node), "_forward_cls", None)
+    module, _, operator = ("" if function is None else function.__module__).rpartition(".")
+    # Of them map alone keeps a graph in its backward pass (torch 2.13).
+    if module != "torch._higher_order_ops" or operator == "map":
+        return None
+    return WrongDerivativeError(
+        f"the second derivative of torch's higher-order operator {operator} is zero in torch, in silence;"
+        " write it as a branch or a loop in Python.",
+        is_decomposed=False,
+    )
+
+
+def between(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> list[Node]:
+    """The nodes on the paths from ``outputs`` to ``inputs``."""
+    users: dict[Node, list[Node]] = {}
+    for node in nodes(outputs):
+        for following, _ in node.next_functions:
+            if following is not None:
+                users.setdefault(following, []).append(node)
+    ends = [_node(x) for x in inputs if x.requires_grad]
+    stack = [node for node in ends if node in users]
+    seen = set(stack)
+    while stack:
+        for user in users.get(stack.pop(), ()):
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return list(seen)
 
 
 def _is_custom(node: Node) -> bool:
@@ -111,10 +243,12 @@ def leaves(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [leaf for leaf in found if leaf is not None]
 
 
-def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
-    """All nodes behind ``tensors``, each once."""
-    seen = {tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None}
-    stack = list(seen)
+def nodes(tensors: Iterable[Tensor | None], stops: Iterable[Tensor] = ()) -> Iterator[Node]:
+    """All nodes behind ``tensors``, each once; those of ``stops``, and what lies behind, are left out."""
+    left_out = {_node(stop) for stop in stops if stop.requires_grad}
+    stack = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
+    stack = list(set(stack) - left_out)
+    seen = left_out.union(stack)
     while stack:
         node = stack.pop()
         yield node
@@ -122,3 +256,7 @@ def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
+
+
+def _node(tensor: Tensor) -> Node:
+    return torch.autograd.graph.get_gradient_edge(tensor).node

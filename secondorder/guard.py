@@ -127,7 +127,15 @@ def is_transformed(value: Any) -> bool:
 
 
 class undo_writes(TorchFunctionMode):  # noqa: N801 - used as a function, like torch.no_grad
-    """Context after which every tensor that existed before holds what it held."""
+    """Context after which every tensor that existed before holds what it held.
+
+    Args:
+        only_on_error: Only where it ends with an exception.
+    """
+
+    def __init__(self, *, only_on_error: bool = False) -> None:
+        super().__init__()
+        self._only_on_error = only_on_error
 
     def __enter__(self) -> undo_writes:
         self._guard = WriteGuard()
@@ -136,7 +144,8 @@ class undo_writes(TorchFunctionMode):  # noqa: N801 - used as a function, like t
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._guard.__exit__(*exception)
+        if not self._only_on_error or exception[0] is not None:
+            self._guard.undo()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._guard.call(func, args, kwargs or {})

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from secondorder import _arguments, graph, ladder
-from secondorder._backward import pull, pull_rows
+from secondorder._backward import cotangents, pull, pull_rows
 from secondorder._tree import Tree
 from secondorder.convolutions import lighten_rows
+from secondorder.decompose import current
 from secondorder.flat import flatten, flatten_rows, unflatten, unflatten_rows
 from secondorder.operators import LinearOperator
 
@@ -42,7 +43,7 @@ class ParameterOperator(LinearOperator):
 
     def __init__(self, parameters: Iterable[Tensor], batched: bool | None = None) -> None:
         self.parameters = check_parameters(parameters)
-        self._batched = batched
+        self._batched, self._rung = batched, current()
         first = self.parameters[0]
         n = sum(p.numel() for p in self.parameters)
         super().__init__((n, n), first.dtype, first.device)
@@ -86,13 +87,15 @@ class ParameterOperator(LinearOperator):
         return [self.restrict([i]) for i in range(len(self.parameters))]
 
     def _matvec(self, v: Tensor) -> Tensor:
-        return flatten(self._apply(unflatten(v, self.parameters), pull))
+        with self._rung():
+            return flatten(self._apply(unflatten(v, self.parameters), pull))
 
     def _matmat(self, V: Tensor) -> Tensor:
         return in_batch_or_loop(self, V, self._matvec, self._in_batch)
 
     def _in_batch(self, V: Tensor) -> Tensor:
-        return flatten_rows(self._apply(unflatten_rows(V.T, self.parameters), pull_rows)).T
+        with self._rung():
+            return flatten_rows(self._apply(unflatten_rows(V.T, self.parameters), pull_rows)).T
 
 
 class Jacobian(LinearOperator):
@@ -145,6 +148,7 @@ class Jacobian(LinearOperator):
                     f" {output.dtype} on {output.device} and {first.dtype} on {first.device}."
                 )
         self._batched = self._batched_transpose = batched
+        self._rung = current()
         rows, columns = (sum(t.numel() for t in tensors) for tensors in (self.outputs, self.parameters))
         super().__init__((rows, columns), first.dtype, first.device)
         self._is_real_linear = first.dtype.is_complex
@@ -169,12 +173,12 @@ class Jacobian(LinearOperator):
 
     def _build(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """``u``, and ``J^T u`` in its graph: linear in ``u``, its derivative applied to ``v`` is ``J v``."""
-        graph.refuse_once_differentiable(self.outputs)
-        duals = [torch.zeros_like(output, requires_grad=True) for output in self.outputs]
+        graph.refuse_wrong_rows(self.outputs, self.parameters)
         with torch.enable_grad():
-            pulled = _arguments.grad(self.outputs, self.parameters, tuple(duals), create_graph=True)
+            duals = cotangents(self.outputs, self.outputs)
+            pulled = _arguments.grad(self.outputs, self.parameters, duals, create_graph=True)
         lighten_rows(pulled, self.outputs)
-        return duals, list(pulled)
+        return list(duals), list(pulled)
 
     def rows(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """The dual vector ``u`` and ``J^T u`` in its graph, kept or built anew."""
@@ -208,33 +212,31 @@ class Jacobian(LinearOperator):
         return block
 
     def _matvec(self, v: Tensor) -> Tensor:
-        return flatten(self._as_dtype(self.push(unflatten(v, self.parameters), pull)))
+        with self._rung():
+            return flatten(self._as_dtype(self.push(unflatten(v, self.parameters), pull)))
 
     def _matmat(self, V: Tensor) -> Tensor:
-        return in_batch_or_loop(
-            self,
-            V,
-            self._matvec,
-            lambda V: (
-                flatten_rows(self._as_dtype(self.push(unflatten_rows(V.T, self.parameters), pull_rows))).T
-            ),
-        )
+        return in_batch_or_loop(self, V, self._matvec, self._in_batch)
+
+    def _in_batch(self, V: Tensor) -> Tensor:
+        with self._rung():
+            parts = self.push(unflatten_rows(V.T, self.parameters), pull_rows)
+            return flatten_rows(self._as_dtype(parts)).T
 
     def _as_dtype(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Outputs may be of another dtype than the parameters, as under autocast; flat vectors are not."""
         return [part.to(self.dtype) for part in parts]
 
     def _rmatvec(self, u: Tensor) -> Tensor:
-        return flatten(self.pull(unflatten(u, self.outputs), pull))
+        with self._rung():
+            return flatten(self.pull(unflatten(u, self.outputs), pull))
 
     def _rmatmat(self, U: Tensor) -> Tensor:
-        return in_batch_or_loop(
-            self,
-            U,
-            self._rmatvec,
-            lambda U: flatten_rows(self.pull(unflatten_rows(U.T, self.outputs), pull_rows)).T,
-            "_batched_transpose",
-        )
+        return in_batch_or_loop(self, U, self._rmatvec, self._transposed_in_batch, "_batched_transpose")
+
+    def _transposed_in_batch(self, U: Tensor) -> Tensor:
+        with self._rung():
+            return flatten_rows(self.pull(unflatten_rows(U.T, self.outputs), pull_rows)).T
 
 
 class ThroughOutputs(ParameterOperator):
@@ -276,16 +278,17 @@ def in_batch_or_loop(
     together: Callable[[Tensor], Tensor],
     flag: str = "_batched",
 ) -> Tensor:
-    """Products with the columns of ``V``, together or one after another: the faster, measured once."""
+    """Products with the columns of ``V``, together or one after another: the faster, measured once.
+
+    What is compared is speed: where the two differ by more than rounding it is one after another.
+    """
     batched = getattr(operator, flag)
     if batched is None and V.shape[1] >= MEASURED_WIDTH:
         few = V[:, :MEASURED_WIDTH]
         try:
             # The first call of each does not count: torch prepares its batching rules.
-            together(few)
-            batch_seconds = _seconds(lambda: together(few), V.device) / MEASURED_WIDTH
-            alone(few[:, 0])
-            batched = batch_seconds < min(_seconds(lambda: alone(few[:, 0]), V.device) for _ in range(3))
+            block, first = together(few), alone(few[:, 0])
+            batched = _agree(block[:, 0], first) and _is_faster(few, alone, together)
         except RuntimeError:
             # An operation without a batching rule; a loop says what else may be wrong.
             batched = False
@@ -294,6 +297,19 @@ def in_batch_or_loop(
         return together(V)
     # The entries of a column lie far apart: it is copied first, and results are stacked in rows, in memory.
     return torch.stack([alone(v.contiguous()) for v in V.unbind(1)]).T
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Whether two results are one up to rounding, or both not finite: one host read."""
+    tolerance = torch.finfo(first.dtype).eps ** 0.5
+    scale = first.abs().max().maximum(second.abs().max()) if first.numel() else first.new_zeros(())
+    return not bool(((first - second).abs() > tolerance * scale).any())
+
+
+def _is_faster(few: Tensor, alone: Callable[[Tensor], Tensor], together: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a column costs less in a batch than alone."""
+    batch_seconds = _seconds(lambda: together(few), few.device) / MEASURED_WIDTH
+    return batch_seconds < min(_seconds(lambda: alone(few[:, 0]), few.device) for _ in range(3))
 
 
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:

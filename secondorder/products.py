@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secondorder import _arguments, graph, ladder, output_hessians
 from secondorder._arguments import Tensors
+from secondorder._backward import HessianGraph, cotangents, try_product
 
 Function = Callable[..., Any]
 TensorOrTensors = Tensor | tuple[Tensor, ...]
@@ -165,15 +166,17 @@ def _through_outputs(
         inputs = _arguments.fresh_inputs(inputs, create_graph)
         vector = _arguments.input_vector(v, inputs, is_tuple, create_graph, name)
         found = _arguments.call(func, inputs, name, strict, has_aux)
-        graph.refuse_once_differentiable(found.tensors)
+        graph.refuse_wrong_rows(found.tensors, inputs, create_graph=create_graph)
         value, multiply = middle(found.tensors)
-        duals = tuple(torch.zeros_like(output, requires_grad=True) for output in found.tensors)
+        duals = cotangents(found.tensors, found.tensors)
         rows = _arguments.grad(found.tensors, inputs, duals, create_graph=True)
         _arguments.require_grad_of_grad_inputs(rows, strict)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
         columns = _arguments.grad(rows, duals, vector, create_graph=create_graph, retain_graph=True)
         Jv = _arguments.fill_zeros(columns, found.tensors, strict, create_graph, "back_trick")
         grads = _arguments.grad(found.tensors, inputs, multiply(Jv), create_graph=create_graph)
+        if create_graph:
+            try_product(grads, inputs)
         product = _arguments.fill_zeros(grads, inputs, strict, create_graph, "back")
     results = (
         _arguments.give_back((value,), False, create_graph),
@@ -186,9 +189,10 @@ def _loss_hessian(value: Tensor, outputs: Tensors, create_graph: bool) -> Middle
     """The loss's Hessian in the space of outputs, by a second backward pass."""
     with torch.enable_grad():
         gradient = _arguments.grad((value,), outputs, create_graph=True)
+        kept = HessianGraph.of(value, gradient, outputs)
 
     def multiply(u: Tensors) -> Tensors:
-        grads = _arguments.grad(gradient, outputs, u, create_graph=create_graph, retain_graph=True)
+        grads = _arguments.grad(kept.outputs, kept.inputs, u, create_graph=create_graph, retain_graph=True)
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, outputs, strict=True))
 
     return multiply

@@ -127,7 +127,7 @@ def test_the_graph_of_the_user_keeps_its_hooks_and_its_life():
     torch.testing.assert_close(flat(H.gradient, parameters), before, **TOLERANCE)
     after = torch.autograd.grad(penalised, parameters, retain_graph=True)
     assert all(map(torch.equal, before, after))
-    node = weakref.ref(H._grads[0])
+    node = weakref.ref(H._kept.outputs[0])
     del H
     gc.collect()
     assert node() is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ from torch.autograd import forward_ad
 
 from secondorder import _arguments, graph
 from secondorder._arguments import MaybeTensors, Tensors
+from secondorder._backward import HessianGraph
 from secondorder.convolutions import lighten_gradients
+from secondorder.decompose import forward_mode
 from secondorder.guard import RandomState, undo_writes
 
 Function = Callable[..., Any]
@@ -21,31 +23,53 @@ def over_reverse(
     func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, strategy: str, has_aux: bool
 ) -> tuple[Point, Tensors]:
     """``H v`` by one backward pass through the gradient, or by the double-backward trick."""
-    with torch.enable_grad():
-        hooks = graph.HookCount()
-        point = differentiate(func, inputs, v, create_graph, strict, has_aux, "hvp")
-        retries = False
-        if strategy == "auto":
-            is_plain = not strict and not hooks.has_grown() and _is_real_and_dense(point)
-            symmetric = is_plain and graph.is_symmetric((point.value, *point.gradient))
-            strategy = "reverse-over-reverse" if symmetric else "double-backward"
-            retries = symmetric and graph.has_masks(point.gradient)
-        lighten_gradients(point.gradient, (point.value,))
+    point = differentiate(func, inputs, v, create_graph, strict, has_aux, "hvp")
+    kinds = graph.Kinds.of((point.value, *point.gradient), point.inputs)
+    is_symmetric = kinds.is_symmetric and point.is_plain and not strict
+    if strategy == "auto" or (is_symmetric and kinds.is_undefined_at_zero):
+        strategy = "reverse-over-reverse" if is_symmetric and not kinds.divide else "double-backward"
+        if is_symmetric and kinds.may_be_nan:
+            return point, _retried(point, create_graph)
+    lighten_gradients(point.gradient, (point.value,))
     if strategy == "reverse-over-reverse":
-        with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-            product = back(point, create_graph, strict, retain_graph=retries)
-        if not retries or all(bool(part.isfinite().all()) for part in product):
-            return point, product
-    with torch.enable_grad():
-        u = tuple(torch.zeros_like(tensor, requires_grad=True) for tensor in point.inputs)
-        rows = _arguments.grad(point.gradient, point.inputs, u, create_graph=True)
+        return point, back(point, create_graph, strict)
+    return point, _by_rows(point, create_graph, strict)
+
+
+def left_product(point: Point, create_graph: bool, strict: bool) -> Tensors:
+    """``v^T H``; where it is wrong or NaN at this point and the Hessian symmetric, ``H v``."""
+    kinds = graph.Kinds.of((point.value, *point.gradient), point.inputs)
+    lighten_gradients(point.gradient, (point.value,))
+    if strict or not (kinds.is_symmetric and point.is_plain):
+        return back(point, create_graph, strict)
+    if kinds.divide:
+        return _by_rows(point, create_graph, strict)
+    return _retried(point, create_graph) if kinds.may_be_nan else back(point, create_graph, strict)
+
+
+def _retried(point: Point, create_graph: bool) -> Tensors:
+    """``v^T H``, or ``H v`` where that is NaN."""
+    product = back(point, create_graph, False, retain_graph=True)
+    if all(bool(part.isfinite().all()) for part in product):
+        return product
+    return _by_rows(point, create_graph, False)
+
+
+def _by_rows(point: Point, create_graph: bool, strict: bool) -> Tensors:
+    """``H v``, the derivative of ``u^T H`` with respect to ``u``."""
+    rows = HessianGraph.by_rows(point.value, point.gradient, point.inputs)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-        grads = _arguments.grad(rows, u, point.vector, create_graph=create_graph)
-        return point, _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back_trick")
+        grads = _arguments.grad(rows.outputs, rows.inputs, point.vector, create_graph=create_graph)
+        return _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back_trick")
 
 
 class Point(NamedTuple):
-    """A scalar function at a point, with its gradient in the graph."""
+    """A scalar function at a point, with its gradient in the graph.
+
+    Attributes:
+        is_plain: Whether tensors are real and dense, and ``func`` registered no hooks: with built-in
+            operations the Hessian is then symmetric.
+    """
 
     inputs: Tensors
     is_inputs_tuple: bool
@@ -53,36 +77,40 @@ class Point(NamedTuple):
     value: Tensor
     gradient: MaybeTensors
     aux: Any
+    is_plain: bool = False
 
 
 def differentiate(
     func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, has_aux: bool, name: str
 ) -> Point:
     """The gradient of ``func``, in the graph; inputs and ``v`` are checked first."""
-    is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", name)
-    inputs = _arguments.fresh_inputs(inputs, create_graph)
-    vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, name)
-    value, aux = _arguments.call_scalar(func, inputs, name, strict, has_aux)
-    graph.refuse_wrong(value)
-    gradient = _arguments.grad((value,), inputs, create_graph=True)
-    _arguments.require_grad_of_jacobian(gradient, strict)
-    return Point(inputs, is_inputs_tuple, vector, value, gradient, aux)
+    with torch.enable_grad():
+        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", name)
+        inputs = _arguments.fresh_inputs(inputs, create_graph)
+        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, name)
+        hooks = graph.HookCount()
+        value, aux = _arguments.call_scalar(func, inputs, name, strict, has_aux)
+        graph.refuse_wrong((value,), inputs, create_graph=create_graph)
+        gradient = _arguments.grad((value,), inputs, create_graph=True)
+        _arguments.require_grad_of_jacobian(gradient, strict)
+    is_plain = not hooks.has_grown() and _is_real_and_dense((*inputs, *(vector or ())))
+    return Point(inputs, is_inputs_tuple, vector, value, gradient, aux, is_plain)
 
 
 def back(point: Point, create_graph: bool, strict: bool, retain_graph: bool = False) -> Tensors:
     """``v^T H``: one backward pass through the gradient."""
-    grads = _arguments.grad(
-        point.gradient,
-        point.inputs,
-        point.vector,
-        create_graph=create_graph,
-        retain_graph=create_graph or retain_graph,
-    )
-    return _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back")
+    with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
+        grads = _arguments.grad(
+            point.gradient,
+            point.inputs,
+            point.vector,
+            create_graph=create_graph,
+            retain_graph=create_graph or retain_graph,
+        )
+        return _arguments.fill_zeros(grads, point.inputs, strict, create_graph, "double_back")
 
 
-def _is_real_and_dense(point: Point) -> bool:
-    tensors = (*point.inputs, *(point.vector or ()))
+def _is_real_and_dense(tensors: Iterable[Tensor]) -> bool:
     return not any(tensor.is_complex() or tensor.layout is not torch.strided for tensor in tensors)
 
 
@@ -95,7 +123,8 @@ def forward_over_reverse(
         inputs = _arguments.fresh_inputs(inputs, create_graph)
         vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "hvp")
         points = duals(inputs, vector)
-        value, aux = _arguments.call_scalar(func, points, "hvp", False, has_aux)
+        with forward_mode(order=2):
+            value, aux = _arguments.call_scalar(func, points, "hvp", False, has_aux)
         # Without a graph the tangent of this gradient would be wrong for solve and det (torch 2.13).
         grads = _arguments.grad((value,), points, create_graph=True)
         grads = _arguments.fill_zeros(grads, inputs, False, False, "back")
@@ -148,6 +177,13 @@ def finite_differences(
 
 def duals(inputs: Tensors, vector: Tensors | None) -> Tensors:
     """Dual numbers: ``inputs`` with tangents ``vector``."""
-    # Forward mode refuses tensors whose elements share memory, as expanded ones do.
-    tangents = [torch.ones_like(inputs[0])] if vector is None else [t.contiguous() for t in vector]
-    return tuple(forward_ad.make_dual(x.contiguous(), t) for x, t in zip(inputs, tangents, strict=True))
+    tangents = map(torch.ones_like, inputs) if vector is None else (_apart(t) for t in vector)
+    return tuple(forward_ad.make_dual(_apart(x), t) for x, t in zip(inputs, tangents, strict=True))
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """Forward mode refuses tensors whose elements share memory, as expanded ones do."""
+    is_expanded = any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    return tensor.contiguous() if is_expanded else tensor

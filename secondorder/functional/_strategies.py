@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secondorder import _arguments
 from secondorder._arguments import Tensors
+from secondorder._backward import pull_rows
 
 Blocks = tuple[tuple[Tensor, ...], ...]
 
@@ -75,19 +76,12 @@ def batched_rows(
     chunks = []
     for start in range(0, total, step):
         rows = range(start, min(start + step, total))
-        grads = _arguments.grad(
-            flat_outputs,
-            inputs,
-            _standard_basis(outputs, rows),
-            create_graph=create_graph,
-            retain_graph=True if step < total else None,
-            is_grads_batched=True,
-        )
+        basis = _standard_basis(outputs, rows)
+        live = [(out, e) for out, e in zip(flat_outputs, basis, strict=True) if out.requires_grad]
         chunks.append(
-            [
-                x.new_zeros((len(rows), *x.shape)) if g is None else g
-                for g, x in zip(grads, inputs, strict=True)
-            ]
+            pull_rows([out for out, _ in live], inputs, [e for _, e in live], create_graph)
+            if live
+            else [x.new_zeros((len(rows), *x.shape)) for x in inputs]
         )
     columns = []
     for parts, tensor in zip(zip(*chunks, strict=True), inputs, strict=True):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from secondorder import _arguments, graph, ladder
-from secondorder._backward import pull_rows
+from secondorder._backward import HessianGraph, pull_rows
 from secondorder._tree import Tree
-from secondorder.convolutions import lighten_gradients
 from secondorder.functional.linear import LinearMap, linearize_grad
 
 Function = Callable[..., Any]
@@ -82,12 +81,12 @@ def batch_hessian(func: Function, inputs: Tensor, *, chunk_size: int | None = No
             raise ValueError(
                 f"func must return one number a sample, shape ({x.shape[0]},), got {tuple(outputs.shape)}."
             )
-        graph.refuse_wrong(outputs)
+        graph.refuse_wrong((outputs,), (x,))
         with torch.enable_grad():
-            (gradient,) = _arguments.grad((outputs.sum(),), (x,), create_graph=True)
-        gradient = torch.zeros_like(x) if gradient is None else gradient
-        lighten_gradients((gradient,), (outputs,))
-        return _rows_of_samples(gradient, x, chunk_size)
+            total = outputs.sum()
+            kept = HessianGraph.of(total, _arguments.grad((total,), (x,), create_graph=True), (x,))
+        rows = torch.zeros_like(x) if kept.outputs[0] is None else kept.outputs[0]
+        return _rows_of_samples(rows, kept.inputs[0], chunk_size)
 
     return ladder.climb(compute)
 

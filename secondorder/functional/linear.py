@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from secondorder import _arguments, graph, ladder
-from secondorder._arguments import Tensors
-from secondorder._backward import pull, pull_rows
+from secondorder._backward import HessianGraph, cotangents, gradient_of, pull, pull_rows, try_product
 from secondorder._tree import Tree, scalar
-from secondorder.convolutions import lighten_gradients, lighten_rows
+from secondorder.convolutions import lighten_rows
+from secondorder.decompose import current
 
 Function = Callable[..., Any]
 
@@ -43,19 +43,23 @@ def value_and_grad(
         (tensor(5.), {'w': tensor([2., 4.])})
     """
     tree = Tree.of(inputs, "value_and_grad", connected=create_graph)
-    returned = tree.call(func)
-    if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
-        raise TypeError("func of value_and_grad must return (value, aux) with has_aux=True.")
-    value, aux = returned if has_aux else (returned, None)
-    value = scalar(value, "value_and_grad")
-    with torch.enable_grad():
-        found = _arguments.grad((value,), tree.leaves, create_graph=create_graph)
-        grads = _arguments.fill_zeros(found, tree.leaves, False, create_graph, "back")
-    results = (
-        _arguments.give_back((value,), False, create_graph),
-        tree.rebuild(_arguments.give_back(grads, True, create_graph)),
-    )
-    return (*results, _arguments.give_back_aux(aux, create_graph)) if has_aux else results
+
+    def compute() -> tuple[Any, ...]:
+        returned = tree.call(func)
+        if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
+            raise TypeError("func of value_and_grad must return (value, aux) with has_aux=True.")
+        value, aux = returned if has_aux else (returned, None)
+        value = scalar(value, "value_and_grad")
+        with torch.enable_grad():
+            found = gradient_of((value,), tree.leaves, None, create_graph)
+            grads = _arguments.fill_zeros(found, tree.leaves, False, create_graph, "back")
+        results = (
+            _arguments.give_back((value,), False, create_graph),
+            tree.rebuild(_arguments.give_back(grads, True, create_graph)),
+        )
+        return (*results, _arguments.give_back_aux(aux, create_graph)) if has_aux else results
+
+    return ladder.climb(compute) if create_graph else compute()
 
 
 class LinearMap:
@@ -73,6 +77,7 @@ class LinearMap:
         rebuild: Callable[[Sequence[Tensor]], Any],
     ) -> None:
         self._tree, self._rebuild = tree, rebuild
+        self._rung = current()
         self._inputs = list(inputs)
         # What carries no graph does not depend on the inputs: its rows are zero.
         self._live = [i for i, out in enumerate(outputs) if out is not None and out.requires_grad]
@@ -90,14 +95,15 @@ class LinearMap:
             leading = (parts[0].shape[0],) if batched else ()
             return self._rebuild([x.new_zeros((*leading, *x.shape)) for x in self._inputs])
         live = [parts[i].detach() for i in self._live]
-        if not batched:
-            return self._rebuild(pull(self._outputs, self._inputs, live))
-        k = live[0].shape[0]
-        size = k if chunk_size is None else min(chunk_size, k)
-        chunks = [
-            pull_rows(self._outputs, self._inputs, chunk)
-            for chunk in zip(*(part.split(size) for part in live), strict=True)
-        ]
+        with self._rung():
+            if not batched:
+                return self._rebuild(pull(self._outputs, self._inputs, live))
+            k = live[0].shape[0]
+            size = k if chunk_size is None else min(chunk_size, k)
+            chunks = [
+                pull_rows(self._outputs, self._inputs, chunk)
+                for chunk in zip(*(part.split(size) for part in live), strict=True)
+            ]
         return self._rebuild([torch.cat(columns) for columns in zip(*chunks, strict=True)])
 
     def __repr__(self) -> str:
@@ -128,29 +134,19 @@ def linearize(func: Function, inputs: Any) -> tuple[Any, LinearMap]:
         tensor([ 2., 40.])
     """
     tree = Tree.of(inputs, "linearize")
-    is_tuple, outputs, pulled, duals = ladder.climb(lambda: _kept_rows(func, tree))
-    value = _arguments.give_back(outputs, is_tuple, False)
-    return value, LinearMap(tree, pulled, duals, lambda parts: tuple(parts) if is_tuple else parts[0])
+    return ladder.climb(lambda: _linearize(func, tree))
 
 
-def _kept_rows(func: Function, tree: Tree) -> tuple[bool, Tensors, _arguments.MaybeTensors, Tensors]:
-    """Outputs, and the graph of ``u -> J^T u`` with its ``u``."""
+def _linearize(func: Function, tree: Tree) -> tuple[Any, LinearMap]:
     is_tuple, outputs = _arguments.as_tuple(tree.call(func), _arguments.OUTPUTS, "linearize")
-    for output in outputs:
-        graph.refuse_wrong(output)
+    graph.refuse_wrong_rows(outputs, tree.leaves)
     with torch.enable_grad():
-        duals = tuple(torch.zeros_like(output, requires_grad=True) for output in outputs)
+        duals = cotangents(outputs, outputs)
         pulled = _arguments.grad(outputs, tree.leaves, duals, create_graph=True)
     lighten_rows(pulled, outputs)
-    _try_product(pulled, duals)
-    return is_tuple, outputs, pulled, duals
-
-
-def _try_product(outputs: _arguments.MaybeTensors, inputs: Tensors) -> None:
-    """Only a product finds out that a derivative is missing: try one where it may be."""
-    if graph.has_missing(outputs):
-        live = tuple(output for output in outputs if output is not None)
-        _arguments.grad(live, inputs, tuple(map(torch.zeros_like, live)), retain_graph=True)
+    try_product(pulled, duals)
+    product = LinearMap(tree, pulled, duals, lambda parts: tuple(parts) if is_tuple else parts[0])
+    return _arguments.give_back(outputs, is_tuple, False), product
 
 
 def linearize_grad(func: Function, inputs: Any) -> tuple[Tensor, Any, LinearMap]:
@@ -178,41 +174,21 @@ def linearize_grad(func: Function, inputs: Any) -> tuple[Tensor, Any, LinearMap]
         tensor([  6., 120.])
     """
     tree = Tree.of(inputs, "linearize_grad")
-    value, gradient, outputs, inner = ladder.climb(lambda: _kept_gradient(func, tree))
-    return value, tree.rebuild(gradient), LinearMap(tree, outputs, inner, tree.rebuild)
+    return ladder.climb(lambda: _linearize_grad(func, tree))
 
 
-def _kept_gradient(
-    func: Function, tree: Tree
-) -> tuple[Tensor, list[Tensor], _arguments.MaybeTensors, Tensors]:
-    """Value, gradient, and the graph whose backward multiplies by the Hessian."""
+def _linearize_grad(func: Function, tree: Tree) -> tuple[Tensor, Any, LinearMap]:
     hooks = graph.HookCount()
     value = scalar(tree.call(func), "linearize_grad")
-    graph.refuse_wrong(value)
+    graph.refuse_wrong((value,), tree.leaves)
     with torch.enable_grad():
         gradient = _arguments.grad((value,), tree.leaves, create_graph=True)
         filled = _arguments.fill_zeros(gradient, tree.leaves, False, True, "back")
-        outputs, inner = gradient, tree.leaves
         is_real = not any(leaf.is_complex() for leaf in tree.leaves)
-        is_symmetric = is_real and not hooks.has_grown() and graph.is_symmetric((value, *gradient))
-        if not is_symmetric or _is_nan_by_order(gradient, tree.leaves):
-            # H v, not v^T H: differentiate u -> u^T H with respect to u.
-            inner = tuple(torch.zeros_like(leaf, requires_grad=True) for leaf in tree.leaves)
-            outputs = _arguments.grad(gradient, tree.leaves, inner, create_graph=True)
-            lighten_rows(outputs, (value, *gradient))
-        else:
-            lighten_gradients(outputs, (value,))
-        _try_product(outputs, inner)
-    return value.detach(), [grad.detach() for grad in filled], outputs, inner
-
-
-def _is_nan_by_order(gradient: _arguments.MaybeTensors, leaves: Tensors) -> bool:
-    """Whether ``v^T H`` is NaN, where ``H v`` may be a number."""
-    if not graph.has_masks(gradient):
-        return False
-    live = tuple(g for g in gradient if g is not None and g.requires_grad)
-    products = _arguments.grad(live, leaves, tuple(map(torch.ones_like, live)), retain_graph=True)
-    return not all(bool(product.isfinite().all()) for product in products if product is not None)
+        kept = HessianGraph.of(value, gradient, tree.leaves, is_real and not hooks.has_grown())
+        try_product(*kept)
+    found = tree.rebuild([grad.detach() for grad in filled])
+    return value.detach(), found, LinearMap(tree, *kept, tree.rebuild)
 
 
 def hvps(func: Function, inputs: Any, V: Any, *, chunk_size: int | None = None) -> tuple[Tensor, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from secondorder import _arguments, graph, ladder
 from secondorder._arguments import Outputs, Tensors
+from secondorder._backward import HessianGraph, try_product
+from secondorder.decompose import forward_mode
 from secondorder.functional import _strategies
 from secondorder.functional._strategies import Blocks
+from secondorder.guard import RandomState, undo_writes
 
+T = TypeVar("T")
 Function = Callable[..., Any]
 TensorOrTensors = Tensor | tuple[Tensor, ...]
 
@@ -131,20 +135,21 @@ def hessian(
     is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "hessian")
     if outer_jacobian_strategy not in ("forward-mode", "reverse-mode"):
         raise AssertionError('Expected strategy to be either "forward-mode" or "reverse-mode".')
-    forward = outer_jacobian_strategy == "forward-mode"
+    options = _Options(create_graph, strict, vectorize, outer_jacobian_strategy, chunk_size).checked()
+    if outer_jacobian_strategy == "forward-mode":
+        _check_forward(options)
 
-    def gradient(*points: Tensor) -> tuple[Tensors, tuple[Tensor, Any]]:
-        value, aux = _arguments.call_scalar(func, points, "hessian", strict, has_aux)
-        graph.refuse_wrong(value)
-        grads = _arguments.grad((value,), points, create_graph=True)
-        grads = _arguments.fill_zeros(grads, points, False, True, "back")
-        _arguments.require_grad_of_jacobian(grads, strict)
-        return grads, (value, aux)
+    def compute() -> tuple[Tensor, Any, Blocks]:
+        if outer_jacobian_strategy == "reverse-mode":
+            return _reverse_hessian(func, inputs, options, has_aux)
+        return _or_else(
+            lambda: _forward_hessian(func, inputs, options, has_aux),
+            lambda: _reverse_hessian(func, inputs, _Options(), has_aux),
+        )
 
-    options = _Options(create_graph, strict, vectorize, outer_jacobian_strategy, chunk_size)
-    push = _gradient_for_forward_mode(func, has_aux) if forward else gradient
-    _, outputs, blocks = ladder.climb(lambda: _blocks(push, inputs, options, has_aux=True))
-    value, aux = outputs.aux
+    value, aux, blocks = ladder.climb(compute)
+    if not create_graph:
+        blocks = tuple(tuple(block.detach() for block in row) for row in blocks)
     results = [_unpack(blocks, is_inputs_tuple, is_inputs_tuple)]
     if return_output:
         results.append(_arguments.give_back((value,), False, create_graph))
@@ -153,15 +158,58 @@ def hessian(
     return tuple(results) if len(results) > 1 else results[0]
 
 
-def _gradient_for_forward_mode(func: Function, has_aux: bool) -> Function:
+def _reverse_hessian(
+    func: Function, inputs: Tensors, options: _Options, has_aux: bool
+) -> tuple[Tensor, Any, Blocks]:
+    """Value, aux, and the rows of the Hessian by backward passes through the gradient."""
+    with torch.enable_grad():
+        inputs = _arguments.fresh_inputs(inputs, options.create_graph)
+        hooks = graph.HookCount()
+        value, aux = _arguments.call_scalar(func, inputs, "hessian", options.strict, has_aux)
+        graph.refuse_wrong((value,), inputs, create_graph=options.create_graph)
+        grads = _arguments.grad((value,), inputs, create_graph=True)
+        filled = _arguments.fill_zeros(grads, inputs, False, True, "back")
+        _arguments.require_grad_of_jacobian(filled, options.strict)
+        rows = HessianGraph(filled, inputs)
+        if not options.strict and not hooks.has_grown():
+            rows = HessianGraph.of(value, grads, inputs, left=True)
+        outputs = _arguments.fill_zeros(rows.outputs, inputs, False, True, "back")
+        return value, aux, _reverse(outputs, rows.inputs, options)
+
+
+def _forward_hessian(
+    func: Function, inputs: Tensors, options: _Options, has_aux: bool
+) -> tuple[Tensor, Any, Blocks]:
+    """Value, aux, and the columns of the Hessian by forward mode over the gradient."""
+    found, blocks = _forward(_gradient_for_forward_mode(func, has_aux), inputs, options)
+    return *found.aux, blocks
+
+
+def _or_else(by_forward_mode: Callable[[], T], row_by_row: Callable[[], T]) -> T:
+    """The second where ``torch.func``, under which the first runs, refuses the function or is wrong."""
+    random = RandomState()
+    random.save()
+    try:
+        with undo_writes(only_on_error=True):
+            return by_forward_mode()
+    except RuntimeError as error:
+        is_refused = isinstance(error, graph.WrongDerivativeError) and not error.is_decomposed
+        if ladder.missing(error) is not None and not is_refused:
+            raise
+    random.restore()
+    return row_by_row()
+
+
+def _gradient_for_forward_mode(func: Function, has_aux: bool) -> Callable[..., Outputs]:
     """The gradient by ``torch.func``, which composes with its forward mode and ``vmap``."""
 
-    def gradient(*points: Tensor) -> tuple[Tensors, tuple[Tensor, Any]]:
+    def gradient(*points: Tensor) -> Outputs:
         rebuild: Callable[[Tensors], Any]
 
         def scalar(*inner: Tensor) -> tuple[Tensor, Tensors]:
             nonlocal rebuild
-            value, aux = _arguments.call_scalar(func, inner, "hessian", False, has_aux)
+            with forward_mode(order=2):
+                value, aux = _arguments.call_scalar(func, inner, "hessian", False, has_aux)
             tensors, rebuild = _arguments.split_tensors((value, aux))
             if value.is_complex():
                 text = "grad can be implicitly created only for real scalar outputs but got"
@@ -171,7 +219,7 @@ def _gradient_for_forward_mode(func: Function, has_aux: bool) -> Function:
 
         pulled: Any = torch.func.vjp(scalar, *points, has_aux=True)
         value, pull, tensors = pulled
-        return pull(torch.ones_like(value)), rebuild(tensors)
+        return Outputs(pull(torch.ones_like(value)), True, rebuild(tensors))
 
     return gradient
 
@@ -179,14 +227,14 @@ def _gradient_for_forward_mode(func: Function, has_aux: bool) -> Function:
 class _Options(NamedTuple):
     """How to compute a Jacobian."""
 
-    create_graph: bool
-    strict: bool
-    vectorize: bool
-    strategy: str
+    create_graph: bool = False
+    strict: bool = False
+    vectorize: bool = False
+    strategy: str = "reverse-mode"
     chunk_size: int | None = None
     holomorphic: bool = False
 
-    def check(self) -> _Options:
+    def checked(self) -> _Options:
         """Raise for what does not go together, in torch's order; ``chunk_size`` turns vectorize on."""
         _arguments.check_chunk_size(self.chunk_size)
         if self.strategy not in ("forward-mode", "reverse-mode"):
@@ -214,16 +262,15 @@ class _Options(NamedTuple):
 
 def _blocks(func: Function, inputs: Any, options: _Options, has_aux: bool) -> tuple[bool, Outputs, Blocks]:
     """Run the strategy; blocks are detached as promised."""
-    options = options.check()
+    options = options.checked()
+    is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
     if options.strategy == "forward-mode":
-        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
-        outputs, blocks = _forward(func, inputs, options, has_aux)
+        _check_forward(options)
+        outputs, blocks = ladder.climb(lambda: _forward_jacobian(func, inputs, options, has_aux))
+    elif options.create_graph:
+        outputs, blocks = ladder.climb(lambda: _reverse_jacobian(func, inputs, options, has_aux))
     else:
-        with torch.enable_grad():
-            is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
-            inputs = _arguments.fresh_inputs(inputs, options.create_graph)
-            outputs = _arguments.call(func, inputs, "jacobian", options.strict, has_aux)
-            blocks = _reverse(outputs.tensors, inputs, options)
+        outputs, blocks = _reverse_jacobian(func, inputs, options, has_aux)
     if options.holomorphic:
         # Autograd gives the conjugate of the derivative.
         blocks = tuple(tuple(block.conj().resolve_conj() for block in row) for row in blocks)
@@ -232,7 +279,41 @@ def _blocks(func: Function, inputs: Any, options: _Options, has_aux: bool) -> tu
     return is_inputs_tuple, outputs, blocks
 
 
-def _forward(func: Function, inputs: Tensors, options: _Options, has_aux: bool) -> tuple[Outputs, Blocks]:
+def _reverse_jacobian(
+    func: Function, inputs: Tensors, options: _Options, has_aux: bool
+) -> tuple[Outputs, Blocks]:
+    with torch.enable_grad():
+        inputs = _arguments.fresh_inputs(inputs, options.create_graph)
+        outputs = _arguments.call(func, inputs, "jacobian", options.strict, has_aux)
+        if options.create_graph:
+            graph.refuse_wrong(outputs.tensors, inputs, create_graph=True)
+        blocks = _reverse(outputs.tensors, inputs, options)
+        if options.create_graph:
+            try_product(tuple(block for row in blocks for block in row), inputs)
+        return outputs, blocks
+
+
+def _forward_jacobian(
+    func: Function, inputs: Tensors, options: _Options, has_aux: bool
+) -> tuple[Outputs, Blocks]:
+    """By forward mode; row by row where torch.func, under which it runs, refuses the function."""
+
+    def outputs_of(*points: Tensor) -> Outputs:
+        with forward_mode(order=1):
+            return _arguments.call(func, points, "jacobian", False, has_aux)
+
+    return _or_else(
+        lambda: _forward(outputs_of, inputs, options),
+        lambda: _reverse_jacobian(func, inputs, _Options(), has_aux),
+    )
+
+
+def _forward(func: Callable[..., Outputs], inputs: Tensors, options: _Options) -> tuple[Outputs, Blocks]:
+    return _strategies.forward_mode(func, tuple(map(_copied, inputs)), options.chunk_size)
+
+
+def _check_forward(options: _Options) -> None:
+    """Raise for what forward mode lacks, after the inputs were looked at, as torch does."""
     if not options.vectorize:
         raise NotImplementedError(
             "Computing Jacobian using forward-AD or forward-over-reverse Hessian is"
@@ -240,11 +321,16 @@ def _forward(func: Function, inputs: Tensors, options: _Options, has_aux: bool) 
         )
     if options.holomorphic:
         raise ValueError('holomorphic=True needs strategy="reverse-mode", got "forward-mode".')
-    # Forward mode refuses tensors whose elements share memory, as expanded ones do.
-    inputs = tuple(tensor.detach().contiguous() for tensor in inputs)
-    return _strategies.forward_mode(
-        lambda *points: _arguments.call(func, points, "jacobian", False, has_aux), inputs, options.chunk_size
-    )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy with the same strides: what a function does to its argument does not reach the user's tensor."""
+    tensor = tensor.detach()
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        # Forward mode refuses tensors whose elements share memory.
+        return tensor.contiguous()
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
 
 
 def _reverse(outputs: Tensors, inputs: Tensors, options: _Options) -> Blocks:

@@ -11,7 +11,9 @@ from torch.autograd import forward_ad
 
 from secondorder import _arguments, graph, ladder
 from secondorder._arguments import Tensors
-from secondorder.convolutions import lighten_gradients, lighten_rows
+from secondorder._backward import cotangents, gradient_of, try_product
+from secondorder.convolutions import lighten_rows
+from secondorder.decompose import forward_mode
 from secondorder.functional import _second_order
 from secondorder.functional._second_order import Point
 
@@ -62,6 +64,16 @@ def vjp(
         >>> vjp(lambda x: x**2, x, torch.tensor([1.0, 10.0]))
         (tensor([1., 4.]), tensor([ 2., 40.]))
     """
+
+    def compute() -> tuple[Any, ...]:
+        return _vjp(func, inputs, v, create_graph, strict, has_aux)
+
+    return ladder.climb(compute) if create_graph else compute()
+
+
+def _vjp(
+    func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, has_aux: bool
+) -> tuple[Any, ...]:
     with torch.enable_grad():
         is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "vjp")
         inputs = _arguments.fresh_inputs(inputs, create_graph)
@@ -75,7 +87,7 @@ def vjp(
             raise RuntimeError(text + "a single Tensor with a single element.")
 
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-        grads = _arguments.grad(outputs, inputs, vector, create_graph=create_graph)
+        grads = gradient_of(outputs, inputs, vector, create_graph)
         product = _arguments.fill_zeros(grads, inputs, strict, create_graph, "back")
     results = (
         _arguments.give_back(outputs, is_outputs_tuple, create_graph),
@@ -186,11 +198,8 @@ def vhp(
     """
 
     def compute() -> tuple[Any, ...]:
-        with torch.enable_grad():
-            point = _second_order.differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
-            lighten_gradients(point.gradient, (point.value,))
-        with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-            product = _second_order.back(point, create_graph, strict)
+        point = _second_order.differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
+        product = _second_order.left_product(point, create_graph, strict)
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
 
     return ladder.climb(compute)
@@ -298,15 +307,16 @@ def _double_backward(
         inputs = _arguments.fresh_inputs(inputs, create_graph)
         vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
         found = _arguments.call(func, inputs, "jvp", strict, has_aux)
-        graph.refuse_once_differentiable(found.tensors)
-        # The backward pass is linear in these: any finite value will do.
-        duals = tuple(torch.zeros_like(output, requires_grad=True) for output in found.tensors)
+        graph.refuse_wrong_rows(found.tensors, inputs, create_graph=create_graph)
+        duals = cotangents(found.tensors, found.tensors)
         grads = _arguments.grad(found.tensors, inputs, duals, create_graph=True)
         if not create_graph:
             lighten_rows(grads, found.tensors)
         _arguments.require_grad_of_grad_inputs(grads, strict)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
         columns = _arguments.grad(grads, duals, vector, create_graph=create_graph)
+        if create_graph:
+            try_product(columns, inputs)
         return found, _arguments.fill_zeros(columns, found.tensors, strict, create_graph, "back_trick")
 
 
@@ -318,7 +328,8 @@ def _push(
         is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jvp")
         inputs = _arguments.fresh_inputs(inputs, create_graph)
         vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
-        found = _arguments.call(func, _second_order.duals(inputs, vector), "jvp", False, has_aux)
+        with forward_mode(order=1):
+            found = _arguments.call(func, _second_order.duals(inputs, vector), "jvp", False, has_aux)
         parts = [forward_ad.unpack_dual(output) for output in found.tensors]
         product = tuple(torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in parts)
         return found._replace(tensors=tuple(part.primal for part in parts)), product
