@@ -213,13 +213,17 @@ def _is_higher_order(node: Node) -> _Verdict:
 
 def between(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> list[Node]:
     """The nodes on the paths from ``outputs`` to ``inputs``."""
+    inputs = list(inputs)
+    leaves, inner = {id(x) for x in inputs}, {x.grad_fn for x in inputs}
     users: dict[Node, list[Node]] = {}
+    stack: list[Node] = []
     for node in nodes(outputs):
+        # The node of a leaf has it, that of another tensor is its own.
+        if node in inner or id(getattr(node, "variable", None)) in leaves:
+            stack.append(node)
         for following, _ in node.next_functions:
             if following is not None:
                 users.setdefault(following, []).append(node)
-    ends = [_node(x) for x in inputs if x.requires_grad]
-    stack = [node for node in ends if node in users]
     seen = set(stack)
     while stack:
         for user in users.get(stack.pop(), ()):
@@ -245,7 +249,7 @@ def leaves(tensors: Iterable[Tensor | None]) -> list[Tensor]:
 
 def nodes(tensors: Iterable[Tensor | None], stops: Iterable[Tensor] = ()) -> Iterator[Node]:
     """All nodes behind ``tensors``, each once; those of ``stops``, and what lies behind, are left out."""
-    left_out = {_node(stop) for stop in stops if stop.requires_grad}
+    left_out = {stop.grad_fn for stop in stops if stop.grad_fn is not None}
     stack = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
     stack = list(set(stack) - left_out)
     seen = left_out.union(stack)
@@ -256,7 +260,3 @@ def nodes(tensors: Iterable[Tensor | None], stops: Iterable[Tensor] = ()) -> Ite
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-
-
-def _node(tensor: Tensor) -> Node:
-    return torch.autograd.graph.get_gradient_edge(tensor).node

@@ -324,7 +324,9 @@ def difference_of_tensors(mine, theirs, detached, tolerance):
 def repaired(case: Case, outcome) -> bool:
     """Torch's own defects, which ours does not share (README, what differs from torch)."""
     if outcome[0] != "error":
-        return False
+        # Its hvp gives numbers there.
+        is_left = case.name in ("vhp", "hessian") and case.function == "norm_at_zero"
+        return is_left and any(bool(t.isnan().any()) for t in pytree.tree_leaves(outcome[1]))
     text = outcome[2]
     empty = "stack expects a non-empty TensorList" in text or "batch size" in text or "size 0" in text
     return empty or (case.forward and case.flags.get("vectorize", False))

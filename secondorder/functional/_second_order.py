@@ -177,7 +177,7 @@ def finite_differences(
 
 def duals(inputs: Tensors, vector: Tensors | None) -> Tensors:
     """Dual numbers: ``inputs`` with tangents ``vector``."""
-    tangents = map(torch.ones_like, inputs) if vector is None else (_apart(t) for t in vector)
+    tangents = map(torch.ones_like, inputs) if vector is None else vector
     return tuple(forward_ad.make_dual(_apart(x), t) for x, t in zip(inputs, tangents, strict=True))
 
 

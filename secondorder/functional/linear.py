@@ -94,7 +94,7 @@ class LinearMap:
         if not self._outputs or (batched and not parts[0].shape[0]):
             leading = (parts[0].shape[0],) if batched else ()
             return self._rebuild([x.new_zeros((*leading, *x.shape)) for x in self._inputs])
-        live = [parts[i].detach() for i in self._live]
+        live = [parts[i] for i in self._live]
         with self._rung():
             if not batched:
                 return self._rebuild(pull(self._outputs, self._inputs, live))
