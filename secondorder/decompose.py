@@ -135,8 +135,8 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
 class forward_mode(TorchFunctionMode):  # noqa: N801 - used as a function, like torch.no_grad
     """Context for functions of dual numbers: operations whose forward derivatives torch gets wrong (2.13).
 
-    Replaced are cholesky_inverse, group_norm (for batches of tangents) and roll of a single element. Refused
-    are products in scatter_reduce and, for ``order`` 2, determinants of singular matrices.
+    Replaced are cholesky_inverse and group_norm (whose batching rule is wrong for some shapes). Refused are
+    products in scatter_reduce and, for ``order`` 2, determinants of singular matrices.
     """
 
     def __init__(self, order: int) -> None:
