@@ -22,7 +22,7 @@ def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor
     refuse_inference_mode()
     with explained(_REMEDY):
         grads = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
-    # Not by materialize_grads, whose zeros require gradients before torch 2.11.
+    # Not by materialize_grads, whose zeros require gradients before torch 2.10.
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
 

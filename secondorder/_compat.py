@@ -57,7 +57,7 @@ def in_checkpoint() -> bool:
 def sparse_coo(indices: Tensor, values: Tensor, size: tuple[int, ...]) -> Tensor:
     """A sparse tensor whose indices are known to be right.
 
-    ``torch.sparse_coo_tensor`` of torch 2.11 warns that it does not check them, also where it is told not to,
-    unless a switch for the whole process is set.
+    In torch 2.11 and 2.12 ``torch.sparse_coo_tensor`` warns that it does not check them, also where it is
+    told not to, unless a switch of the whole process is set.
     """
     return torch.ops.aten.sparse_coo_tensor.indices_size(indices, values, size)

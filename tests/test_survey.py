@@ -15,8 +15,13 @@ ERRORS = {
     "ctc": "_ctc_loss_backward has no second derivative in torch",
     "reentrant_checkpoint": "use_reentrant",
 }
+if torch.__version__ < (2, 12):
+    ERRORS["aminmax"] = "aminmax has no second derivative in torch"
+    ERRORS["grid_sample"] = "grid_sampler_2d_backward has no second derivative in torch"
 
 
+# torch 2.11 and 2.12 say so also where checks are asked for.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 @pytest.mark.parametrize("name", [name for name in survey.OPERATIONS if name not in ERRORS])
 def test_product_is_right(name):
     function, x = survey.OPERATIONS[name]
