@@ -24,10 +24,9 @@ def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor
     """``v^T d outputs / d inputs``; zeros where there is no path. The graph is kept."""
     refuse_inference_mode()
     with explained(_REMEDY):
-        grads = torch.autograd.grad(
-            outputs, inputs, v, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-    return list(grads)
+        grads = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
+    # Not by materialize_grads, whose zeros require gradients before torch 2.10.
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
 def pull_rows(

@@ -120,8 +120,10 @@ class Objective:
 
         def on_batch(batch: Batch, _: int) -> Tensor:
             value = self._loss(batch)[0]
-            grads = torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True)
-            return torch.cat([value.detach().reshape(1), flatten(grads)])
+            grads = torch.autograd.grad(value, self.parameters, allow_unused=True)
+            pairs = zip(grads, self.parameters, strict=True)
+            gradient = flatten([torch.zeros_like(p) if g is None else g for g, p in pairs])
+            return torch.cat([value.detach().reshape(1), gradient])
 
         with torch.enable_grad():
             total, samples = self._sum("gradient", on_batch)

@@ -296,6 +296,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # of SequentialLR before torch 2.9
 def test_every_scheduler_drives_lr(name, make):
     case = zoo.network("mlp_mse")
     optimizer = make(groups_of(case, lr=(1.0, 0.5)))
@@ -444,7 +445,8 @@ def test_a_group_without_a_rate_does_not_move(make, swapped):
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_a_compiled_model_runs_eager_in_a_step(make, backend):
     """Steps are those of the model itself, to rounding; what it compiled is used outside."""
     torch._dynamo.reset()

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each file may import only from the entries above its own.
 ORDER = [
+    "secondorder._compat",
     "secondorder._arguments",
     "secondorder._tree",
     "secondorder.flat",

@@ -78,6 +78,11 @@ def test_all_quantities_equal_dense_ones_however_the_data_is_cut(network_case, r
             torch.testing.assert_close(A.dense(chunk_size=7), matrix, **SAME)
 
 
+def test_no_graph_is_left_behind(network_case):
+    for quantity in objective(network_case).value_and_gradient():
+        assert not quantity.requires_grad
+
+
 def test_fisher_is_the_gauss_newton_matrix_of_cross_entropy():
     case = zoo.network("cnn_batch_norm")
     whole = objective(case, batch_size=2, l2=0.0)

@@ -54,6 +54,7 @@ def test_trains_every_network_without_ever_increasing_the_loss(network_case, mak
     assert network_case.value().item() == pytest.approx(optimizer.report.new_loss, rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # of LBFGS in torch 2.8
 def test_the_same_closure_object_trains_with_lbfgs_and_with_ours(make):
     case = zoo.network("mlp_cross_entropy")
     holder = [torch.optim.LBFGS(case.model.parameters(), max_iter=3)]

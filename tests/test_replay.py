@@ -190,6 +190,7 @@ def test_a_report_says_what_it_would_with_a_closure():
 
 
 @pytest.mark.parametrize("where", ["compiled", "inner", "in_place"])
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_compiled_models(where, make):
     torch._dynamo.reset()
     model = network()

@@ -17,9 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away
 from optim.closure.losses import LossLog
+from secondorder._compat import dispatch_backward, in_checkpoint
 from secondorder.decompose import CUDNN, WITHOUT_SECOND_DERIVATIVE
 from secondorder.guard import RandomState, WriteGuard, is_transformed
 
+dispatch_backward()
 BACKWARD: dict[Callable[..., Any], inspect.Signature] = {
     func: inspect.signature(func) for func in (Tensor.backward, torch.autograd.backward)
 }
@@ -148,10 +150,9 @@ def _refuse_checkpoint(func: Any, args: Any) -> None:
 
     In backward passes a checkpoint computes again without the mode, by torch's own operation.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     # On CPU torch's own is meant.
     same = func in CUDNN and not args[0].is_cuda
-    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" and not same:
+    if not same and in_checkpoint():
         raise RuntimeError(
             f"{func.__name__} has no right second derivative in torch, and its decomposition cannot be"
             " computed again by a checkpoint; keep it out of torch.utils.checkpoint."

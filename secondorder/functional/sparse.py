@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secondorder._backward import pull_rows
+from secondorder._compat import sparse_coo
 from secondorder._tree import Tree
 from secondorder.functional._colouring import distance_two_colours, star_colours
 from secondorder.functional.linear import LinearMap, linearize, linearize_grad
@@ -66,7 +67,7 @@ def sparse_jacobian(func: Function, inputs: Tensor, *, pattern: Tensor | None = 
     colours = distance_two_colours(rows, columns, m, n)
     compressed = _compress(jvp_fn, colours, inputs, m)
     values = compressed[rows, colours[columns]]
-    result = torch.sparse_coo_tensor(pattern, values, (m, n), check_invariants=False).coalesce()
+    result = sparse_coo(pattern, values, (m, n)).coalesce()
     _verify(result, jvp_fn, inputs)
     return result
 
@@ -114,7 +115,7 @@ def sparse_hessian(func: Function, inputs: Tensor, *, pattern: Tensor | None = N
     alone = torch.bincount(key, minlength=compressed.numel())[key] == 1
     values = torch.where(alone, compressed[rows, colours[columns]], compressed[columns, colours[rows]])
     indices = torch.stack([rows, columns])
-    result = torch.sparse_coo_tensor(indices, values, (n, n), check_invariants=False).coalesce()
+    result = sparse_coo(indices, values, (n, n)).coalesce()
     _verify(result, hvp_fn, inputs)
     return result
 
