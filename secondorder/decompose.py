@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from secondorder import _compositions
+from secondorder import _compositions, switches
 
 
 class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like torch.no_grad
@@ -44,11 +43,8 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> decompose:
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        self._stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        self._stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)
+        turned = (*switches.MATH_ATTENTION, switches.NO_CUDNN, switches.NO_FAST_PATH)
+        self._stack.enter_context(switches.held(*turned))
         super().__enter__()
         return self
 
