@@ -41,8 +41,10 @@ class Switch:
 
     def release(self, holder: held) -> None:
         """Put it back if nobody needs it any more."""
-        index = next((i for i, (other, *_) in enumerate(self._holders) if other is holder), None)
-        if index is None:
+        index = len(self._holders) - 1
+        while index >= 0 and self._holders[index][0] is not holder:
+            index -= 1
+        if index < 0:
             return
         _, thread, put_back = self._holders.pop(index)
         if index == 0 and self._holders:

@@ -32,6 +32,13 @@ def settings():
     }
 
 
+def set_cudnn(enabled, deterministic, benchmark):
+    """By the functions beneath: torch's own tests, once imported, forbid the attributes."""
+    torch._C._set_cudnn_enabled(enabled)
+    torch._C._set_cudnn_deterministic(deterministic)
+    torch._C._set_cudnn_benchmark(benchmark)
+
+
 @pytest.fixture(autouse=True)
 def restored():
     """A test that fails leaves the others what they need."""
@@ -39,11 +46,7 @@ def restored():
     yield
     for name in KERNELS:
         getattr(torch._C, f"_set_sdp_use_{name}")(before[name])
-    torch.backends.cudnn.enabled = before["cudnn of layers"]
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (
-        before["deterministic"],
-        before["benchmark"],
-    )
+    set_cudnn(before["cudnn of layers"], before["deterministic"], before["benchmark"])
     torch.backends.mha.set_fastpath_enabled(before["fast path"])
     torch.compiler.set_stance(before["stance"])
 
@@ -172,8 +175,7 @@ def test_switches_are_what_they_were_after_threads():
 
 
 def test_what_the_user_had_switched_off_stays_off():
-    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.enabled = False
+    set_cudnn(enabled=False, deterministic=True, benchmark=True)
     torch.backends.mha.set_fastpath_enabled(False)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         before = settings()
