@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from secondorder import switches
+
 Norm = TypeVar("Norm", bound=Callable[..., Tensor])
 
 
@@ -19,7 +21,7 @@ def without_cudnn(func: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(func)
     def result(*args: Any, **kwargs: Any) -> Any:
-        with torch.backends.cudnn.flags(enabled=False):
+        with switches.held(switches.NO_CUDNN):
             return func(*args, **kwargs)
 
     return result

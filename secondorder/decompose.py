@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from secondorder import _compositions
+from secondorder import _compositions, switches
 from secondorder.graph import WrongDerivativeError
 from secondorder.guard import is_transformed
 
@@ -49,13 +48,9 @@ def _noted(rung: Rung) -> Iterator[None]:
 @contextlib.contextmanager
 def math_kernels() -> Iterator[None]:
     """Context in which operations with several kernels use those that can be differentiated twice."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with _noted(math_kernels), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+    turned = (*switches.MATH_ATTENTION, switches.NO_CUDNN, switches.NO_FAST_PATH)
+    with _noted(math_kernels), switches.held(*turned):
+        yield
 
 
 class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like torch.no_grad

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
-_IN_PLACE_OPERATORS = {
-    f"__i{name}__"
-    for name in (
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-    )
-} | {"__setitem__"}
-# They end in an underscore but write no number.
-_NO_WRITE = {"requires_grad_", "retain_grad_", "detach_", "rename_"}
-# Running statistics are their second and third argument.
-_NORMS = (F.batch_norm, F.instance_norm)
+# In these schemas a write is one of properties, not of numbers.
+_NO_WRITE = {"requires_grad_", "retain_grad", "detach_", "rename_", "record_stream"}
+# Functions that are held in mind; torch has some 1500, a program calls a tenth of them.
+_REMEMBERED = 1024
 
 
 class WriteGuard:
@@ -43,7 +28,7 @@ class WriteGuard:
 
     def __init__(self) -> None:
         self._made: set[int] = set()
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[int, _Copy] = {}
 
     def __enter__(self) -> WriteGuard:
         return self
@@ -54,22 +39,22 @@ class WriteGuard:
     def undo(self) -> None:
         """Write back what was there before."""
         # Last first: a view may have been copied after a write to its base.
-        for tensor, copy in reversed(self._copies.values()):
-            tensor.data.copy_(copy)
+        for copy in reversed(self._copies.values()):
+            copy.write_back()
 
     @contextlib.contextmanager
     def rewound(self, kept: Iterable[Tensor] = ()) -> Iterator[None]:
         """Hold what was there before the first write, except in ``kept``; afterwards what is there now."""
         ids = {id(tensor) for tensor in kept}
-        written = [(tensor, copy) for tensor, copy in self._copies.values() if id(tensor) not in ids]
-        present = [tensor.detach().clone() for tensor, _ in written]
+        before = [copy for copy in self._copies.values() if id(copy.tensor) not in ids]
+        present = [_Copy.of(copy.tensor) for copy in before]
         try:
-            for tensor, copy in reversed(written):
-                tensor.data.copy_(copy)
+            for copy in reversed(before):
+                copy.write_back()
             yield
         finally:
-            for (tensor, _), copy in zip(written, present, strict=True):
-                tensor.data.copy_(copy)
+            for copy in present:
+                copy.write_back()
 
     def adopt(self, tensor: Tensor) -> Tensor:
         """Treat a tensor as made inside: writes to it are not undone."""
@@ -78,31 +63,169 @@ class WriteGuard:
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """``func(*args, **kwargs)``, with what it writes kept."""
-        for tensor in written(func, args, kwargs):
-            if _storage(tensor) not in self._made:
-                self._copies.setdefault(id(tensor), (tensor, tensor.detach().clone()))
+        writes = writes_of(func)
+        for tensor in writes.targets(args, kwargs):
+            if _storage(tensor) not in self._made and id(tensor) not in self._copies:
+                self._copies[id(tensor)] = _Copy.of(tensor)
         result = func(*args, **kwargs)
-        # Views of what was there before are not made here.
-        old = {_storage(tensor) for tensor in _tensors(args)}
-        self._made.update(_storage(t) for t in _tensors((result,)) if _storage(t) not in old)
+        # Views of what was there before are not made here, nor is a ``.grad``.
+        if writes.makes:
+            old = {_storage(tensor) for tensor in _tensors((*args, *kwargs.values()) if kwargs else args)}
+            self._made.update(_storage(t) for t in _tensors((result,)) if _storage(t) not in old)
         return result
 
 
-def is_in_place(func: Any) -> bool:
-    """Whether a call writes to its first argument, by its name."""
+class _Copy(NamedTuple):
+    """A tensor, its memory, and what it held."""
+
+    tensor: Tensor
+    memory: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Copy:
+        return cls(tensor, tensor.data, tensor.detach().clone())
+
+    def write_back(self) -> None:
+        # By ``.data``, a function that resizes or a transposition in place.
+        if self.tensor.layout is torch.strided and not is_transformed(self.tensor):
+            here, there = self.tensor, self.memory
+            is_same = _storage(here) == _storage(there) and here.storage_offset() == there.storage_offset()
+            if not (is_same and here.shape == there.shape and here.stride() == there.stride()):
+                self.tensor.data = self.memory
+        data, numbers = self.tensor.data, self.numbers
+        if data.layout is torch.strided and 0 in data.stride():
+            # Numbers that are one in memory are written once.
+            first = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in data.stride())
+            data, numbers = data[first], numbers[first]
+        data.copy_(numbers)
+
+
+class Argument(NamedTuple):
+    """Where a call has an argument: its position, and the names by which it may be given."""
+
+    position: int
+    names: tuple[str, ...]
+
+    def of(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The argument, or None."""
+        if self.position < len(args):
+            return args[self.position]
+        return next((kwargs[name] for name in self.names if name in kwargs), None)
+
+
+# Functions that are also methods call it input.
+_SELF = Argument(0, ("self", "input"))
+
+
+class Writes(NamedTuple):
+    """What a function writes to.
+
+    Attributes:
+        always: Arguments that it may write to whatever the others are.
+        options: Pairs of an argument that asks for a write, by being neither None nor False, and the one
+            that is written to then.
+        keywords: Names of results that may be given.
+        makes: Whether what it returns is new, or a view of an argument.
+    """
+
+    always: tuple[Argument, ...] = ()
+    options: tuple[tuple[Argument, Argument], ...] = ()
+    keywords: tuple[str, ...] = ("out",)
+    makes: bool = True
+
+    def targets(self, args: Any, kwargs: dict[str, Any]) -> Iterable[Tensor]:
+        """The tensors that a call with these arguments may write to."""
+        if not (kwargs or self.always or self.options):
+            return ()
+        found = [argument.of(args, kwargs) for argument in self.always]
+        for option, target in self.options:
+            asked = option.of(args, kwargs)
+            if asked is not None and asked is not False:
+                found.append(target.of(args, kwargs))
+        if kwargs:
+            found += [kwargs[name] for name in self.keywords if name in kwargs]
+        return _tensors(found)
+
+
+def written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterable[Tensor]:
+    """The tensors that a call may write to."""
+    return writes_of(func).targets(args, kwargs)
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def writes_of(func: Any) -> Writes:
+    """What a function of torch writes to, by its schema, or its signature where it is written in Python."""
     name = getattr(func, "__name__", "")
-    is_method = name.endswith("_") and name not in _NO_WRITE and name[-2:] != "__"
-    return is_method or name in _IN_PLACE_OPERATORS
+    if isinstance(func, OpOverload):
+        return _by_schemas([func._schema], name=func._schema.name.split("::")[-1])
+    if isinstance(func, OpOverloadPacket):
+        return _by_schemas(_schemas(func), name)
+    owner = getattr(getattr(func, "__self__", None), "__name__", "")
+    if name in ("__get__", "__set__"):
+        is_write = (name, owner) == ("__set__", "data")
+        return Writes((_SELF,) if is_write else (), makes=(name, owner) != ("__get__", "grad"))
+    if inspect.isfunction(func):
+        return _by_signature(func, name)
+    found = _by_schemas(_schemas(getattr(torch.ops.aten, name, None)), name)
+    # Results are given as ``out`` in Python.
+    return found._replace(keywords=("out",))
 
 
-def written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors that a call writes to."""
-    if func in _NORMS:
-        yield from _tensors((*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")))
-    elif is_in_place(func):
-        yield from _tensors(args[:1])
-    if "out" in kwargs:
-        yield from _tensors((kwargs["out"],))
+def _schemas(packet: Any) -> list[Any]:
+    """Of the overloads that have kernels: those for lists and numbers in TorchScript have none."""
+    if not isinstance(packet, OpOverloadPacket):
+        return []
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    kernels = torch._C._dispatch_has_kernel
+    return [
+        o._schema
+        for o in overloads
+        if kernels(o._schema.name + "." * bool(o._schema.overload_name) + o._schema.overload_name)
+    ]
+
+
+def _by_schemas(schemas: Sequence[Any], name: str) -> Writes:
+    """Arguments that are marked as written, and running statistics, which are not (torch 2.13)."""
+    always: dict[Argument, None] = {}
+    keywords = {"out": None}
+    for schema in schemas:
+        for position, argument in enumerate(schema.arguments):
+            is_marked = argument.alias_info is not None and argument.alias_info.is_write
+            if argument.kwarg_only and is_marked:
+                keywords[argument.name] = None
+            elif is_marked or argument.name.startswith("running_"):
+                names = _SELF.names if argument.name == "self" else (argument.name,)
+                always[Argument(position, names)] = None
+    if name in _NO_WRITE:
+        return Writes()
+    if not always and _is_named_in_place(name):
+        always[_SELF] = None
+    return Writes(tuple(always), (), tuple(keywords))
+
+
+def _by_signature(func: Any, name: str) -> Writes:
+    """Options and running statistics by torch's names for them; the first argument by an underscore."""
+    names = list(inspect.signature(func, follow_wrapped=False).parameters)
+    place = {name: Argument(position, (name,)) for position, name in enumerate(names)}
+    always = [argument for name, argument in place.items() if name.startswith("running_")]
+    if names and _is_named_in_place(name):
+        always.append(place[names[0]])
+    options = []
+    if "inplace" in place:
+        options.append((place["inplace"], place[names[0]]))
+    if "max_norm" in place and "weight" in place:
+        # The rows that are looked up are scaled, as by embedding_renorm_.
+        options.append((place["max_norm"], place["weight"]))
+    return Writes(tuple(always), tuple(options))
+
+
+def _is_named_in_place(name: str) -> bool:
+    """By an underscore at the end, or as an operator such as ``__iadd__``."""
+    if name.startswith("__"):
+        is_operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+        return is_operator or name == "__setitem__"
+    return name.endswith("_") and name not in _NO_WRITE
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from secondorder import switches
 from secondorder.flat import flatten_rows
 from secondorder.matrix_operators import MatrixOperator
 from secondorder.objective import Objective
@@ -153,8 +153,7 @@ def _sample_gradients(
 
     gradient = torch.vmap(torch.func.grad(loss_of_sample), in_dims=(None, 0, 0))
     for x, y in zip(data[0].split(chunk_size), data[1].split(chunk_size), strict=True):
-        with sdpa_kernel(SDPBackend.MATH):
-            # The fused kernels have no batching rule.
+        with switches.held(*switches.MATH_ATTENTION):
             grads = gradient(point, x, y)
         yield flatten_rows([grads[name] for name in parameters])
 

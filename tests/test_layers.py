@@ -15,6 +15,7 @@ ORDER = [
     "secondorder.flat",
     "secondorder.graph",
     "secondorder.guard",
+    "secondorder.switches",
     "secondorder._compositions",
     "secondorder.decompose",
     "secondorder.ladder",

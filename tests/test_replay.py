@@ -107,6 +107,16 @@ def assembled(model):
     return loss
 
 
+def written_to(model):
+    """Writes to tensors that were there before, by an operator and by a norm."""
+    mean, hold = torch.zeros_like(X[0, :3]), torch.zeros_like(X[:, :3])
+    z = F.batch_norm(model(X), mean, torch.ones_like(mean), training=True)
+    torch.ops.aten.add_.Tensor(hold, z)
+    loss = F.cross_entropy(torch.sigmoid_(input=hold), Y)
+    loss.backward()
+    return loss
+
+
 def two_calls(model):
     loss = F.mse_loss(model(X), torch.zeros_like(X[:, :3])) + F.cross_entropy(model(-X), Y)
     loss.backward()
@@ -159,6 +169,7 @@ COMPUTE = [
     vector_loss,
     two_losses,
     assembled,
+    written_to,
     two_calls,
     autocast,
     clipped,

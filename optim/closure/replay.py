@@ -16,7 +16,7 @@ from optim.closure.evaluate import Closure, ClosureEvaluator, Evaluation
 from optim.closure.modes import Record
 from optim.closure.returned import finite, root_of
 from optim.closure.setting import evaluating, grads_put_aside
-from optim.closure.tape import Node, Tape, results_of
+from optim.closure.tape import Node, Tape, tensors_of
 from secondorder.guard import RandomState, WriteGuard, is_transformed
 
 # Losses, and gradients, that differ by more than this, relative, are not the same; and gradients where parts
@@ -66,7 +66,7 @@ class Replay:
         if self.tape.is_suspended or not self._calls:
             return
         random, args, kwargs = self._calls.pop()
-        results = results_of(model, (), outputs)
+        results = tensors_of(outputs)
         if not torch.is_grad_enabled() or not results or any(map(is_transformed, results)):
             return
         leaves, spec = pytree.tree_flatten((args, kwargs))

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from secondorder import switches
 from secondorder.flat import unflatten
 
 
@@ -20,8 +20,7 @@ def evaluating() -> Iterator[None]:
     its outermost region ends, which may be around the step: they would be those of other values.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(switches.held(*switches.MATH_ATTENTION, switches.NO_COMPILED_CODE))
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         yield

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from optim.closure.accumulation import Marks, marks, were_thrown_away
 from optim.closure.losses import reached
 from optim.closure.modes import BACKWARD, Pass, is_grad_scaling
-from secondorder.guard import RandomState, is_in_place
+from secondorder.guard import RandomState, written
 
 _numbers = itertools.count()
 
@@ -121,7 +121,7 @@ class Node:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with self.setting.restored():
             result = self.func(*args, **kwargs)
-        results[self] = results_of(self.func, args, result)
+        results[self] = tensors_of(result) if self.is_call else results_of(self.func, args, kwargs, result)
 
 
 def _again(leaf: Any, results: dict[Node, list[Tensor]]) -> Any:
@@ -345,7 +345,7 @@ def _recorded(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     repeated, call = (_itself, (args[:1], {})) if is_scaling else (func, (args, kwargs))
     before = [(tape, *_arguments(tape, func, *call), tape.random_state()) for tape in tapes]
     result = func(*args, **kwargs)
-    results = results_of(func, args, result)
+    results = results_of(func, args, kwargs, result)
     has_grad = any(tensor.requires_grad for tensor in results)
     for tape, leaves, spec, random in before if results else ():
         # A value from before the last step is a constant of this one.
@@ -362,20 +362,32 @@ def _arguments(tape: Tape, func: Any, args: Any, kwargs: dict[str, Any]) -> tupl
     """The leaves and their arrangement, before the call writes to one of them."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     kept = [tape.leaf(leaf) for leaf in leaves]
-    if is_in_place(func) and kept and isinstance(kept[0], Constant):
-        kept[0] = kept[0]._replace(tensor=kept[0].tensor.detach().clone(), version=0, is_target=True)
+    # Of parameters with a gradient only an embedding with max_norm writes to one: it stays the parameter.
+    targets = {id(t) for t in written(func, args, kwargs) if not (_has_grad(t) and t.is_leaf)}
+    for index, leaf in enumerate(leaves if targets else ()):
+        constant = kept[index]
+        if id(leaf) in targets and isinstance(constant, Constant):
+            copy = constant.tensor.detach().clone()
+            kept[index] = constant._replace(tensor=copy, version=0, is_target=True)
     return kept, spec
 
 
-def results_of(func: Any, args: Any, result: Any) -> list[Tensor]:
-    """The tensors that a call made or wrote to, in an order that another call has too."""
-    if is_in_place(func):
-        return [args[0]]
-    return list(_tensors(result))
+def _has_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def results_of(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> list[Tensor]:
+    """The tensors that a call wrote to or made, in an order that another call has too."""
+    targets = {id(tensor): tensor for tensor in written(func, args, kwargs)}
+    return [*targets.values(), *(tensor for tensor in tensors_of(result) if id(tensor) not in targets)]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in containers and dataclasses."""
+    return list(_tensors(value))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in containers and dataclasses."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf

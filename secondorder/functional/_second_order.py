@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secondorder import _arguments, graph
+from secondorder import _arguments, graph, switches
 from secondorder._arguments import MaybeTensors, Tensors
 from secondorder._backward import HessianGraph
 from secondorder.convolutions import lighten_gradients
@@ -118,7 +118,7 @@ def forward_over_reverse(
     func: Function, inputs: Any, v: Any, create_graph: bool, has_aux: bool
 ) -> tuple[Point, Tensors]:
     """The gradient on dual numbers; its tangent is ``H v``."""
-    with torch.enable_grad(), forward_ad.dual_level():
+    with torch.enable_grad(), switches.dual_level():
         is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "hvp")
         inputs = _arguments.fresh_inputs(inputs, create_graph)
         vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "hvp")

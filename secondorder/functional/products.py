@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secondorder import _arguments, graph, ladder
+from secondorder import _arguments, graph, ladder, switches
 from secondorder._arguments import Tensors
 from secondorder._backward import cotangents, gradient_of, try_product
 from secondorder.convolutions import lighten_rows
@@ -324,7 +324,7 @@ def _push(
     func: Function, inputs: Any, v: Any, create_graph: bool, has_aux: bool
 ) -> tuple[_arguments.Outputs, Tensors]:
     """Outputs and ``J v`` by forward mode."""
-    with torch.enable_grad(), forward_ad.dual_level():
+    with torch.enable_grad(), switches.dual_level():
         is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jvp")
         inputs = _arguments.fresh_inputs(inputs, create_graph)
         vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
