@@ -34,8 +34,8 @@ _MASKS = {"MaskedFillBackward0", "WhereBackward0"}
 # Their formulas divide by an input, or are others in the last backward pass than before: where a matrix is
 # singular or a product of some entries overflows, ``v^T H`` is wrong and ``H v`` is right (torch 2.13).
 _DIVIDE = {"LinalgDetBackward0", "ProdBackward0", "ProdBackward1", "CumprodBackward0"}
-# A backward pass takes the logarithm of what it is given.
-_UNDEFINED_AT_ZERO = {"LogcumsumexpBackward0"}
+# A backward pass takes the logarithm of what it is given, or divides by it (pdist in torch 2.14).
+_UNDEFINED_AT_ZERO = {"LogcumsumexpBackward0", "PdistBackward0"}
 # Batched backward passes are wrong in silence for some shapes, such as one position, or as many samples as
 # channels in a group (torch 2.13).
 _BATCHED_WRONG = {"NativeGroupNormBackward0"}
