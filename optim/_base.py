@@ -247,6 +247,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         for _ in range(self.param_groups[0]["max_trials"]):
             proposal = self._solve(in_scale)
             step_norm = float(proposal.result.x.norm())
+            holds_back = self._holds_back(proposal.result.quadratic, step_norm)
             proposal = unscaled(proposal, scale)
             counter.add(proposal.result)
             status = proposal.result.status
@@ -254,12 +255,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 step = rate * proposal.result.x
                 return _Outcome(status, taken=Taken(step, math.nan) if is_finite(step) else None)
             outcome = _Outcome(status, taken=judge.try_out(proposal, rate), rho=judge.rho)
-            self._adapt(judge.rho, step_norm)
+            self._adapt(judge.ratio_for_control(holds_back), step_norm)
             # A model that is right has nothing better to give to groups whose rates differ.
             is_right = isinstance(rate, Tensor) and judge.rho > ACCEPTANCE
             if outcome.taken is not None or is_right:
                 break
+            if judge.is_quiet:
+                # Less than this step changes, the loss shows even less.
+                return outcome._replace(status="noise_floor")
         return outcome
+
+    def _holds_back(self, quadratic: float, step_norm: float) -> bool:
+        """Whether damping limits a step more than the curvature does; a radius is asked by its own rule."""
+        damping = self.param_groups[0].get("damping")
+        return damping is None or damping * step_norm**2 >= quadratic
 
     def _parameters(self) -> list[Tensor]:
         """All parameters that can move; one joint model over all groups."""
