@@ -16,18 +16,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from optim import _checks
 from optim._control import ACCEPTANCE
 from optim._curvature import gauss_newton
 from optim._decay import WeightDecay, spread
-from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
+from optim._judge import FORWARD_COST, Counter, Judge, Proposal, QuadraticModel, Taken
 from optim._options import check_not_negative
 from optim._report import NOT_TRIED, StepReport
 from optim._scaling import scaled, unscaled
-from optim.closure.evaluate import Evaluation
+from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from optim.closure.source import Source
 from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
 from secondorder.flat import is_finite, unflatten
@@ -38,9 +38,6 @@ PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
 # Options that groups may differ in: of the rest there is one, as there is one model for all parameters.
 OF_GROUPS = ("lr", "weight_decay", "damping_scale")
 
-# Relative difference between the loss returned and the loss differentiated that is more than rounding.
-MISMATCH = 1e-3
-
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: one ``step`` for all of them."""
@@ -48,6 +45,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     report: StepReport | None = None
     # Kinds of the warnings given so far: each is given once.
     _warned: frozenset[str] = frozenset()
+    # Reasons for which a closure was run twice so far: each counts once.
+    _repeated: frozenset[str] = frozenset()
     _model: nn.Module | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None = None) -> None:
@@ -150,7 +149,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 depend on the parameters. Parameters, gradients, buffers and random state are unchanged.
         """
         parameters = self._parameters()
-        self._check_processes()
+        self._warn_once("processes", _checks.processes(type(self).__name__))
         if self._has_nothing(closure, parameters):
             self._make_state()
             return None
@@ -158,11 +157,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         evaluator = self._source.evaluator(closure, parameters, sign)
         with evaluator.restored_on_error(), self._stepping():
             evaluation = evaluator.record()
-            self._check_returned(evaluation)
+            spent = self._check_evaluation(evaluator, evaluation)
             with evaluator.differentiating():
                 with torch.enable_grad():
                     operator, description = self._curvature(evaluation)
                 counter = Counter(PRODUCT_COST[type(operator)])
+                counter.cost += spent
                 decay = WeightDecay.of(self.param_groups)
                 model = QuadraticModel.of(evaluation, operator, decay)
                 outcome = self._nothing_to_do(model)
@@ -198,30 +198,23 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self.state.update(state)
             raise
 
-    def _check_processes(self) -> None:
-        """Warn once where there are several: gradients may be averaged over them, losses are not."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._warn_once(
-                "processes",
-                f"{type(self).__name__} judges a step by the loss of its own process: parameters of several"
-                " processes drift apart; train in one.",
-            )
+    def _check_evaluation(self, evaluator: ClosureEvaluator, evaluation: Evaluation) -> float:
+        """Warn once where the loss cannot judge steps along the gradient; what that cost, in gradients.
 
-    def _check_returned(self, evaluation: Evaluation) -> None:
-        """Warn once when the loss that is judged is not the one that was differentiated."""
+        In the first step, and where its graph looks old, the closure runs again for it.
+        """
         if evaluation.partial:
             self._warn_once("partial", NOT_TRIED.format(type(self).__name__, evaluation.partial))
-            return
-        # Both with the sign of what is minimised.
-        differentiated = float(evaluation.objective.detach())
-        difference = abs(evaluation.value - differentiated)
-        if difference > MISMATCH * max(abs(evaluation.value), abs(differentiated)):
-            self._warn_once(
-                "mismatch",
-                f"closure returned a loss of {evaluation.value:.6g} but called backward on"
-                f" {differentiated:.6g}: steps are modelled on the one and judged by the other;"
-                " return what backward was called on.",
-            )
+            return 0.0
+        self._warn_once("mismatch", _checks.mismatch(evaluation))
+        reason = "old graph" if evaluator.is_suspect else "first step"
+        again = None if reason in self._repeated else evaluator.repeated(evaluation.objective)
+        if again is None:
+            return 0.0
+        self._repeated |= {"first step", reason}
+        dtype = self._parameters()[0].dtype
+        self._warn_once("repetition", _checks.repetition(evaluation.value, again, dtype))
+        return FORWARD_COST
 
     def _nothing_to_do(self, model: QuadraticModel) -> _Outcome | None:
         if not bool(model.gradient.any()):
@@ -341,8 +334,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return choice.operator, choice.description
 
     def _warn_once(self, kind: str, text: str) -> None:
-        """A warning that points at the line that called ``step``."""
-        if kind not in self._warned:
+        """A warning that points at the line that called ``step``; none where there is no text."""
+        if text and kind not in self._warned:
             self._warned |= {kind}
             warnings.warn(text, stacklevel=_level_of_caller())
 

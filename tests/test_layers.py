@@ -36,6 +36,7 @@ ORDER = [
     "optim._control",
     "optim._report",
     "optim.closure",
+    "optim._checks",
     "optim._curvature",
     "optim._decay",
     "optim._judge",
