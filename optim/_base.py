@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from optim import _checks
+from optim._checkpoint import packed, unpack
 from optim._control import ACCEPTANCE
 from optim._curvature import gauss_newton
 from optim._decay import WeightDecay, spread
 from optim._judge import FORWARD_COST, Counter, Judge, Proposal, QuadraticModel, Taken
-from optim._options import check_not_negative
+from optim._options import OF_GROUPS, check_groups, check_joint, make_plain
 from optim._report import NOT_TRIED, StepReport
 from optim._scaling import scaled, unscaled
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
@@ -34,9 +35,6 @@ from secondorder.flat import is_finite, unflatten
 
 # Cost of a product on the kept graph, in gradients of a deep network.
 PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
-
-# Options that groups may differ in: of the rest there is one, as there is one model for all parameters.
-OF_GROUPS = ("lr", "weight_decay", "damping_scale")
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -54,6 +52,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         # Before torch looks at the parameters, as its own optimizers do.
         self._check_options(defaults)
+        make_plain(defaults, list(defaults))
         super().__init__(params, defaults)
         self._watch(model)
 
@@ -100,16 +99,34 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):  # torch says so otherwise
             for name in self.defaults if self.param_groups else ():
-                joint = self.param_groups[0][name]
-                if name not in OF_GROUPS and param_group.setdefault(name, joint) != joint:
-                    raise ValueError(
-                        f"{name} must be the same in all parameter groups (there is one model for all"
-                        f" parameters), got {joint!r} and {param_group[name]!r}."
-                    )
-            options = {**self.defaults, **param_group}
-            check_not_negative(options, "weight_decay")
-            self._check_options(options)
+                if name not in OF_GROUPS:
+                    param_group.setdefault(name, self.param_groups[0][name])
+                    check_joint(self.param_groups[0], name, param_group[name])
+            self._check_options({**self.defaults, **param_group})
+            make_plain(param_group, self.defaults)
         super().add_param_group(param_group)
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its own precision, and what does not fit is refused.
+
+        Raises:
+            ValueError: ``state_dict`` is of another optimizer, or of a model of other shapes, or an option in
+                it is out of range. Nothing was changed.
+        """
+
+        def fitted(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            ours = packed(given, type(self).__name__, self.defaults, self.param_groups)
+            for group in ours["param_groups"]:
+                self._check_options({**self.defaults, **group})
+            return ours
+
+        # After those of the user, which may make it fit.
+        handle = self.register_load_state_dict_pre_hook(fitted)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and copy take: the model too, but not what it was seen to do."""
@@ -117,6 +134,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; options that a checkpoint of an older version lacks get their defaults."""
+        unpack(state["state"])
         super().__setstate__(state)
         # Torch adds it, but a step does not have it.
         self.defaults.pop("differentiable", None)
@@ -148,6 +166,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: the loss at the current parameters is not finite, not a scalar, or does not
                 depend on the parameters. Parameters, gradients, buffers and random state are unchanged.
         """
+        check_groups(self.param_groups, self.defaults, self._check_options)
         parameters = self._parameters()
         self._warn_once("processes", _checks.processes(type(self).__name__))
         if self._has_nothing(closure, parameters):

@@ -35,6 +35,7 @@ ORDER = [
     "optim._options",
     "optim._control",
     "optim._report",
+    "optim._checkpoint",
     "optim.closure",
     "optim._checks",
     "optim._curvature",
