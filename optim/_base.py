@@ -29,9 +29,11 @@ from optim._options import OF_GROUPS, check_groups, check_joint, make_plain
 from optim._report import NOT_TRIED, StepReport
 from optim._scaling import scaled, unscaled
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
+from optim.closure.setting import moved
 from optim.closure.source import Source
 from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
-from secondorder.flat import is_finite, unflatten
+from secondorder.flat import is_finite
+from secondorder.guard import surely
 
 # Cost of a product on the kept graph, in gradients of a deep network.
 PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
@@ -188,11 +190,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 if outcome is None:
                     judge = None if evaluation.partial else Judge(model, evaluator, decay, counter)
                     outcome = self._minimise(model, judge, counter)
-        if outcome.taken is not None:
-            for parameter, part in zip(parameters, unflatten(outcome.taken.step, parameters), strict=True):
-                parameter.add_(part.to(parameter.dtype))
-        self._source.close(parameters)
-        self.report = self._report(model, outcome, counter, description)
+            report = self._report(model, outcome, counter, description)
+            taken = outcome.taken
+            with contextlib.nullcontext() if taken is None else moved(parameters, taken.step):
+                self._source.close(parameters)
+        self.report = report
         return evaluation.loss
 
     def _has_nothing(self, closure: Callable[[], Any] | None, parameters: list[Tensor]) -> bool:
@@ -207,14 +209,18 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Calls of the model are not recorded; after an exception state and groups are what they were."""
         groups = [dict(group) for group in self.param_groups]
         state = {parameter: dict(values) for parameter, values in self.state.items()}
-        try:
-            with self._source.suspended():
-                yield
-        except BaseException:
+
+        def restore() -> None:
             for group, before in zip(self.param_groups, groups, strict=True):
                 group.update(before)
             self.state.clear()
             self.state.update(state)
+
+        try:
+            with self._source.suspended():
+                yield
+        except BaseException:
+            surely(restore)
             raise
 
     def _check_evaluation(self, evaluator: ClosureEvaluator, evaluation: Evaluation) -> float:

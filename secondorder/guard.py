@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,15 @@ _NO_WRITE = {"requires_grad_", "retain_grad_", "detach_", "rename_"}
 _NORMS = (F.batch_norm, F.instance_norm)
 
 
+def surely(restore: Callable[[], None]) -> None:
+    """Restore, to the end also where an interrupt comes in between; what is done twice is as done once."""
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise
+
+
 class WriteGuard:
     """Undoes writes to tensors that existed before: running statistics, counters, any buffer.
 
@@ -54,8 +63,7 @@ class WriteGuard:
     def undo(self) -> None:
         """Write back what was there before."""
         # Last first: a view may have been copied after a write to its base.
-        for tensor, copy in reversed(self._copies.values()):
-            tensor.data.copy_(copy)
+        surely(lambda: _write_back(reversed(self._copies.values())))
 
     @contextlib.contextmanager
     def rewound(self, kept: Iterable[Tensor] = ()) -> Iterator[None]:
@@ -64,12 +72,11 @@ class WriteGuard:
         written = [(tensor, copy) for tensor, copy in self._copies.values() if id(tensor) not in ids]
         present = [tensor.detach().clone() for tensor, _ in written]
         try:
-            for tensor, copy in reversed(written):
-                tensor.data.copy_(copy)
+            _write_back(reversed(written))
             yield
         finally:
-            for (tensor, _), copy in zip(written, present, strict=True):
-                tensor.data.copy_(copy)
+            pairs = [(tensor, copy) for (tensor, _), copy in zip(written, present, strict=True)]
+            surely(lambda: _write_back(pairs))
 
     def adopt(self, tensor: Tensor) -> Tensor:
         """Treat a tensor as made inside: writes to it are not undone."""
@@ -86,6 +93,11 @@ class WriteGuard:
         old = {_storage(tensor) for tensor in _tensors(args)}
         self._made.update(_storage(t) for t in _tensors((result,)) if _storage(t) not in old)
         return result
+
+
+def _write_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, copy in pairs:
+        tensor.data.copy_(copy)
 
 
 def is_in_place(func: Any) -> bool:
@@ -186,9 +198,9 @@ class RandomState:
             self.restore()
             yield
         finally:
-            self._write(present)
+            surely(lambda: self._write(present))
             # Those that were first used inside as they were before.
-            self._set({**self._generators, **generators})
+            surely(lambda: self._set({**self._generators, **generators}))
 
     @staticmethod
     def _set(states: dict[torch.Generator, Tensor]) -> None:

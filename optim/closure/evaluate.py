@@ -21,7 +21,7 @@ from optim.closure.returned import finite, number, root_of, split
 from optim.closure.setting import evaluating, grads_put_aside, without_hooks
 from secondorder import graph
 from secondorder.flat import flatten, is_finite
-from secondorder.guard import RandomState, WriteGuard
+from secondorder.guard import RandomState, WriteGuard, surely
 from secondorder.ladder import MissingDerivativeError
 
 Closure = Callable[[], Any]
@@ -92,15 +92,19 @@ class ClosureEvaluator:
         for grad in grads:
             if grad is not None:
                 self._guard.adopt(grad)
-        try:
-            yield
-        except BaseException:
+
+        def restore() -> None:
             self._random.restore()
             self._guard.undo()
             for parameter, grad, copy in zip(self._parameters, grads, copies, strict=True):
                 parameter.grad = grad
                 if grad is not None and copy is not None:
                     grad.detach().copy_(copy)
+
+        try:
+            yield
+        except BaseException:
+            surely(restore)
             raise
 
     def record(self) -> Evaluation:
