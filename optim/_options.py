@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -111,6 +112,15 @@ def refuse(optimizer: type, options: Mapping[str, Any]) -> None:
             )
         if value:
             raise TypeError(f"{optimizer.__name__} does not support {name}={value!r}: {_REASONS[name]}.")
+
+
+def refuse_arguments(func: Callable[..., Any], given: Mapping[str, Any], instead: Mapping[str, str]) -> None:
+    """Raise TypeError for arguments that a function does not take, with the remedy where one is known."""
+    for name in given:
+        known = list(inspect.signature(func).parameters)[2:-1]
+        close = [f"Did you mean {other}?" for other in difflib.get_close_matches(name, known, n=1)]
+        text = f"{func.__name__} got an unexpected argument {name!r}; it takes {', '.join(known)}."
+        raise TypeError(" ".join([text, *([instead[name]] if name in instead else close)]))
 
 
 def check_count(options: Mapping[str, Any], *names: str) -> None:
