@@ -56,7 +56,8 @@ def by_distributed(model, optimizer):
 @pytest.mark.parametrize("way", [by_load, by_distributed], ids=lambda way: way.__name__)
 def test_a_resumed_run_is_the_uninterrupted_one(make, way, dtype):
     model = network(dtype)
-    optimizer = make(model.parameters())
+    # A formed matrix is made in batches or by a loop, as is faster: two runs may differ by rounding.
+    optimizer = make(model.parameters(), **({} if make is optim.HessianFree else {"solver": "cg"}))
     steps(model, optimizer, 3)
     again, resumed = way(model, optimizer)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
