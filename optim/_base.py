@@ -16,30 +16,27 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from optim import _checks
+from optim._checkpoint import packed, unpack
 from optim._control import ACCEPTANCE
 from optim._curvature import gauss_newton
 from optim._decay import WeightDecay, spread
-from optim._judge import Counter, Judge, Proposal, QuadraticModel, Taken
-from optim._options import check_not_negative
+from optim._judge import FORWARD_COST, Counter, Judge, Proposal, QuadraticModel, Taken
+from optim._options import OF_GROUPS, check_groups, check_joint, make_plain
 from optim._report import NOT_TRIED, StepReport
 from optim._scaling import scaled, unscaled
-from optim.closure.evaluate import Evaluation
+from optim.closure.evaluate import ClosureEvaluator, Evaluation
+from optim.closure.setting import moved
 from optim.closure.source import Source
 from secondorder import GaussNewton, Hessian, LinearOperator, MatrixOperator, SolveResult
-from secondorder.flat import is_finite, unflatten
+from secondorder.flat import is_finite
+from secondorder.guard import surely
 
 # Cost of a product on the kept graph, in gradients of a deep network.
 PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
-
-# Options that groups may differ in: of the rest there is one, as there is one model for all parameters.
-OF_GROUPS = ("lr", "weight_decay", "damping_scale")
-
-# Relative difference between the loss returned and the loss differentiated that is more than rounding.
-MISMATCH = 1e-3
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -48,6 +45,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     report: StepReport | None = None
     # Kinds of the warnings given so far: each is given once.
     _warned: frozenset[str] = frozenset()
+    # Reasons for which a closure was run twice so far: each counts once.
+    _repeated: frozenset[str] = frozenset()
     _model: nn.Module | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None = None) -> None:
@@ -55,6 +54,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         # Before torch looks at the parameters, as its own optimizers do.
         self._check_options(defaults)
+        make_plain(defaults, list(defaults))
         super().__init__(params, defaults)
         self._watch(model)
 
@@ -101,16 +101,34 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):  # torch says so otherwise
             for name in self.defaults if self.param_groups else ():
-                joint = self.param_groups[0][name]
-                if name not in OF_GROUPS and param_group.setdefault(name, joint) != joint:
-                    raise ValueError(
-                        f"{name} must be the same in all parameter groups (there is one model for all"
-                        f" parameters), got {joint!r} and {param_group[name]!r}."
-                    )
-            options = {**self.defaults, **param_group}
-            check_not_negative(options, "weight_decay")
-            self._check_options(options)
+                if name not in OF_GROUPS:
+                    param_group.setdefault(name, self.param_groups[0][name])
+                    check_joint(self.param_groups[0], name, param_group[name])
+            self._check_options({**self.defaults, **param_group})
+            make_plain(param_group, self.defaults)
         super().add_param_group(param_group)
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its own precision, and what does not fit is refused.
+
+        Raises:
+            ValueError: ``state_dict`` is of another optimizer, or of a model of other shapes, or an option in
+                it is out of range. Nothing was changed.
+        """
+
+        def fitted(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            ours = packed(given, type(self).__name__, self.defaults, self.param_groups)
+            for group in ours["param_groups"]:
+                self._check_options({**self.defaults, **group})
+            return ours
+
+        # After those of the user, which may make it fit.
+        handle = self.register_load_state_dict_pre_hook(fitted)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and copy take: the model too, but not what it was seen to do."""
@@ -118,6 +136,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; options that a checkpoint of an older version lacks get their defaults."""
+        unpack(state["state"])
         super().__setstate__(state)
         # Torch adds it, but a step does not have it.
         self.defaults.pop("differentiable", None)
@@ -149,8 +168,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: the loss at the current parameters is not finite, not a scalar, or does not
                 depend on the parameters. Parameters, gradients, buffers and random state are unchanged.
         """
+        check_groups(self.param_groups, self.defaults, self._check_options)
         parameters = self._parameters()
-        self._check_processes()
+        self._warn_once("processes", _checks.processes(type(self).__name__))
         if self._has_nothing(closure, parameters):
             self._make_state()
             return None
@@ -158,22 +178,23 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         evaluator = self._source.evaluator(closure, parameters, sign)
         with evaluator.restored_on_error(), self._stepping():
             evaluation = evaluator.record()
-            self._check_returned(evaluation)
+            spent = self._check_evaluation(evaluator, evaluation)
             with evaluator.differentiating():
                 with torch.enable_grad():
                     operator, description = self._curvature(evaluation)
                 counter = Counter(PRODUCT_COST[type(operator)])
+                counter.cost += spent
                 decay = WeightDecay.of(self.param_groups)
                 model = QuadraticModel.of(evaluation, operator, decay)
                 outcome = self._nothing_to_do(model)
                 if outcome is None:
                     judge = None if evaluation.partial else Judge(model, evaluator, decay, counter)
                     outcome = self._minimise(model, judge, counter)
-        if outcome.taken is not None:
-            for parameter, part in zip(parameters, unflatten(outcome.taken.step, parameters), strict=True):
-                parameter.add_(part.to(parameter.dtype))
-        self._source.close(parameters)
-        self.report = self._report(model, outcome, counter, description)
+            report = self._report(model, outcome, counter, description)
+            taken = outcome.taken
+            with contextlib.nullcontext() if taken is None else moved(parameters, taken.step):
+                self._source.close(parameters)
+        self.report = report
         return evaluation.loss
 
     def _has_nothing(self, closure: Callable[[], Any] | None, parameters: list[Tensor]) -> bool:
@@ -188,40 +209,37 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Calls of the model are not recorded; after an exception state and groups are what they were."""
         groups = [dict(group) for group in self.param_groups]
         state = {parameter: dict(values) for parameter, values in self.state.items()}
-        try:
-            with self._source.suspended():
-                yield
-        except BaseException:
+
+        def restore() -> None:
             for group, before in zip(self.param_groups, groups, strict=True):
                 group.update(before)
             self.state.clear()
             self.state.update(state)
+
+        try:
+            with self._source.suspended():
+                yield
+        except BaseException:
+            surely(restore)
             raise
 
-    def _check_processes(self) -> None:
-        """Warn once where there are several: gradients may be averaged over them, losses are not."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._warn_once(
-                "processes",
-                f"{type(self).__name__} judges a step by the loss of its own process: parameters of several"
-                " processes drift apart; train in one.",
-            )
+    def _check_evaluation(self, evaluator: ClosureEvaluator, evaluation: Evaluation) -> float:
+        """Warn once where the loss cannot judge steps along the gradient; what that cost, in gradients.
 
-    def _check_returned(self, evaluation: Evaluation) -> None:
-        """Warn once when the loss that is judged is not the one that was differentiated."""
+        In the first step, and where its graph looks old, the closure runs again for it.
+        """
         if evaluation.partial:
             self._warn_once("partial", NOT_TRIED.format(type(self).__name__, evaluation.partial))
-            return
-        # Both with the sign of what is minimised.
-        differentiated = float(evaluation.objective.detach())
-        difference = abs(evaluation.value - differentiated)
-        if difference > MISMATCH * max(abs(evaluation.value), abs(differentiated)):
-            self._warn_once(
-                "mismatch",
-                f"closure returned a loss of {evaluation.value:.6g} but called backward on"
-                f" {differentiated:.6g}: steps are modelled on the one and judged by the other;"
-                " return what backward was called on.",
-            )
+            return 0.0
+        self._warn_once("mismatch", _checks.mismatch(evaluation))
+        reason = "old graph" if evaluator.is_suspect else "first step"
+        again = None if reason in self._repeated else evaluator.repeated(evaluation.objective)
+        if again is None:
+            return 0.0
+        self._repeated |= {"first step", reason}
+        dtype = self._parameters()[0].dtype
+        self._warn_once("repetition", _checks.repetition(evaluation.value, again, dtype))
+        return FORWARD_COST
 
     def _nothing_to_do(self, model: QuadraticModel) -> _Outcome | None:
         if not bool(model.gradient.any()):
@@ -247,6 +265,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         for _ in range(self.param_groups[0]["max_trials"]):
             proposal = self._solve(in_scale)
             step_norm = float(proposal.result.x.norm())
+            holds_back = self._holds_back(proposal.result.quadratic, step_norm)
             proposal = unscaled(proposal, scale)
             counter.add(proposal.result)
             status = proposal.result.status
@@ -254,12 +273,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 step = rate * proposal.result.x
                 return _Outcome(status, taken=Taken(step, math.nan) if is_finite(step) else None)
             outcome = _Outcome(status, taken=judge.try_out(proposal, rate), rho=judge.rho)
-            self._adapt(judge.rho, step_norm)
+            self._adapt(judge.ratio_for_control(holds_back), step_norm)
             # A model that is right has nothing better to give to groups whose rates differ.
             is_right = isinstance(rate, Tensor) and judge.rho > ACCEPTANCE
             if outcome.taken is not None or is_right:
                 break
+            if judge.is_quiet:
+                # Less than this step changes, the loss shows even less.
+                return outcome._replace(status="noise_floor")
         return outcome
+
+    def _holds_back(self, quadratic: float, step_norm: float) -> bool:
+        """Whether damping limits a step more than the curvature does; a radius is asked by its own rule."""
+        damping = self.param_groups[0].get("damping")
+        return damping is None or damping * step_norm**2 >= quadratic
 
     def _parameters(self) -> list[Tensor]:
         """All parameters that can move; one joint model over all groups."""
@@ -332,8 +359,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return choice.operator, choice.description
 
     def _warn_once(self, kind: str, text: str) -> None:
-        """A warning that points at the line that called ``step``."""
-        if kind not in self._warned:
+        """A warning that points at the line that called ``step``; none where there is no text."""
+        if text and kind not in self._warned:
             self._warned |= {kind}
             warnings.warn(text, stacklevel=_level_of_caller())
 

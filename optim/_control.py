@@ -16,9 +16,21 @@ CANCELLATION = 100.0
 # A step is taken when rho exceeds this (Nielsen 1999, section 2).
 ACCEPTANCE = 1e-4
 
+# The ratio at which none of the rules below changes anything, and that from which the radius and Martens'
+# damping loosen.
+NEUTRAL, GOOD = 0.5, 0.75
+# A ratio that only gradients tell loosens the control where this much more decrease would be seen in the
+# loss. Past convergence the decreases are smaller: they go with the square of the gradient's rounding.
+REACH = 1e4
+
 MIN_DAMPING, MAX_DAMPING = 1e-12, 1e12
 # Below this a step changes no parameter.
 MIN_RADIUS = 1e-20
+
+
+def noise_of(value: float, eps: float) -> float:
+    """Rounding of a computed loss: a smaller change of it means nothing."""
+    return NOISE_FACTOR * eps * abs(value)
 
 
 def is_noise(actual: float, predicted: float, value: float, eps: float) -> bool:
@@ -28,8 +40,19 @@ def is_noise(actual: float, predicted: float, value: float, eps: float) -> bool:
     otherwise. What was seen may be larger by ``CANCELLATION``, as it is for a loss that sums large
     terms of opposite sign.
     """
-    noise = NOISE_FACTOR * eps * abs(value)
+    noise = noise_of(value, eps)
     return 0 < predicted <= noise and abs(actual) <= CANCELLATION * noise
+
+
+def is_unseen(actual: float, predicted: float, value: float, eps: float) -> bool:
+    """Whether a step that the loss refuses may yet be a decrease that the loss does not show.
+
+    The loss did not change at all, or decrease and prediction are such as a loss with large terms of
+    opposite sign rounds away.
+    """
+    limit = CANCELLATION * noise_of(value, eps)
+    refused = predicted > 0 and not actual > ACCEPTANCE * predicted
+    return refused and (actual == 0 or (predicted <= limit and abs(actual) <= limit))
 
 
 def reduction_ratio(actual: float, predicted: float) -> float:
@@ -39,6 +62,15 @@ def reduction_ratio(actual: float, predicted: float) -> float:
     return actual / predicted
 
 
+def quiet_ratio(rho: float, holds_back: bool) -> float:
+    """What a ratio of gradients in the noise of the loss tells the control: to loosen, where it holds back.
+
+    What tightens is a rejection that the loss shows. Otherwise steps past convergence, whose ratios are
+    rounding, leave a radius of their own size.
+    """
+    return rho if rho > GOOD and holds_back else NEUTRAL
+
+
 def levenberg_marquardt_damping(damping: float, rho: float) -> float:
     """Damping for the next step of Hessian-free: 3/2 below rho = 1/4, 2/3 above 3/4.
 
@@ -46,7 +78,7 @@ def levenberg_marquardt_damping(damping: float, rho: float) -> float:
     """
     if not rho >= 0.25:
         return min(damping * 1.5, MAX_DAMPING)
-    return max(damping * 2 / 3, MIN_DAMPING) if rho > 0.75 else damping
+    return max(damping * 2 / 3, MIN_DAMPING) if rho > GOOD else damping
 
 
 def nielsen_damping(damping: float, growth: float, rho: float) -> tuple[float, float]:
@@ -71,4 +103,4 @@ def trust_radius(radius: float, rho: float, step_norm: float) -> float:
     if not rho >= 0.25:
         shorter = min(radius, step_norm) if step_norm > 0 else radius
         return max(0.25 * shorter, MIN_RADIUS)
-    return 2.5 * radius if rho > 0.75 and step_norm >= 0.9 * radius else radius
+    return 2.5 * radius if rho > GOOD and step_norm >= 0.9 * radius else radius

@@ -95,6 +95,7 @@ class Judge:
 
     Attributes:
         rho: Reduction ratio of the full solution of the model, before any line search.
+        is_quiet: The loss cannot judge that solution, since what it changes is rounding: only gradients did.
     """
 
     def __init__(
@@ -108,7 +109,14 @@ class Judge:
         self._decay, self._parameters = decay, decay.parameters
         self._eps = torch.finfo(decay.parameters[0].dtype).eps
         self._counter = counter
+        self._predicted = math.nan
         self.rho = math.nan
+        self.is_quiet = False
+
+    @property
+    def _noise(self) -> float:
+        """Rounding of the loss."""
+        return _control.noise_of(self._model.value, self._eps)
 
     def try_out(self, proposal: Proposal, rate: float | Tensor) -> Taken | None:
         """The step to take, or None: the full one, an earlier iterate, or a shorter one along it."""
@@ -119,12 +127,14 @@ class Judge:
             full = Taken(rate * result.x, self._value_at(rate * result.x))
         else:
             full = self._judge_model(rate * result.x, rate * rate * result.quadratic)
-            if self.rho > _control.ACCEPTANCE and not proposal.earlier:
+            if self.rho > _control.ACCEPTANCE and (self.is_quiet or not proposal.earlier):
                 return full
+            if self.is_quiet:
+                return None
         best = full
         for x in reversed(proposal.earlier):
             candidate = Taken(rate * x, self._value_at(rate * x))
-            if math.isfinite(best.value) and not candidate.value < best.value:
+            if math.isfinite(best.value) and not candidate.value < best.value - self._noise:
                 break
             best = candidate
         if self._decreases_enough(best):
@@ -137,11 +147,22 @@ class Judge:
             return self._backtrack(torch.where(rate > 0, smallest, 0.0) * result.x)
         return self._backtrack(best.step) if proposal.line_search else None
 
+    def ratio_for_control(self, holds_back: bool) -> float:
+        """``rho``, or what it may tell the control where only gradients told it.
+
+        Args:
+            holds_back: Whether the control is what limits the step.
+        """
+        if not self.is_quiet:
+            return self.rho
+        is_in_reach = _control.REACH * self._predicted > self._noise
+        return _control.quiet_ratio(self.rho, holds_back and is_in_reach)
+
     def _judge_model(self, step: Tensor, quadratic: float) -> Taken:
         """Try a step of which the model knows the decrease; sets ``rho``."""
-        predicted = self._model.predicted(step, quadratic)
+        self._predicted = predicted = self._model.predicted(step, quadratic)
         value = self._value_at(step) if math.isfinite(predicted) and predicted > 0 else math.nan
-        self.rho = self._ratio(step, value, predicted)
+        self.rho, self.is_quiet = self._ratio(step, value, predicted)
         return Taken(step, value)
 
     def _value_at(self, step: Tensor) -> float:
@@ -151,17 +172,24 @@ class Judge:
             value = self._evaluator.value() + self._decay.value()
         return value if math.isfinite(value) else math.nan
 
-    def _ratio(self, step: Tensor, value: float, predicted: float) -> float:
-        """The reduction ratio from the losses or, where their difference is rounding, from the gradients."""
+    def _ratio(self, step: Tensor, value: float, predicted: float) -> tuple[float, bool]:
+        """The reduction ratio, and whether it is that of the gradients, the loss being too coarse."""
         actual = self._model.value - value
-        if not _control.is_noise(actual, predicted, self._model.value, self._eps):
-            return _control.reduction_ratio(actual, predicted)
+        sizes = actual, predicted, self._model.value, self._eps
+        ratio = _control.reduction_ratio(actual, predicted)
+        in_noise = _control.is_noise(*sizes)
+        if not in_noise and not _control.is_unseen(*sizes):
+            return ratio, False
         self._counter.cost += 1.0
         with trial(self._parameters, step):
             gradient = self._evaluator.gradient() + self._decay.gradient(step)
         # The trapezoid rule along the step.
         trapezoid = -0.5 * float((self._model.gradient + gradient).dot(step))
-        return _control.reduction_ratio(trapezoid, predicted)
+        by_gradients = _control.reduction_ratio(trapezoid, predicted)
+        if by_gradients > _control.ACCEPTANCE or predicted <= _control.CANCELLATION * self._noise:
+            return by_gradients, True
+        # Both say that a large step gains nothing; at a loss of zero there is no rounding to compare with.
+        return ratio, value == 0
 
     def _decreases_enough(self, taken: Taken) -> bool:
         slope = float(self._model.gradient.dot(taken.step))
@@ -169,12 +197,16 @@ class Judge:
         return taken.value <= bound and taken.value < self._model.value
 
     def _backtrack(self, step: Tensor) -> Taken | None:
-        """Shorten a descent step until the loss decreases enough (Armijo 1966)."""
-        if not float(self._model.gradient.dot(step)) < 0:
-            return None
+        """Shorten a descent step until the loss decreases enough (Armijo 1966), or no decrease would show."""
+        slope, last = float(self._model.gradient.dot(step)), self._model.value
         for _ in range(MAX_BACKTRACKS):
-            step = BACKTRACKING * step
+            step, slope = BACKTRACKING * step, BACKTRACKING * slope
+            if not slope < -self._noise:
+                break
             taken = Taken(step, self._value_at(step))
             if self._decreases_enough(taken):
                 return taken
+            if taken.value in (last, self._model.value):
+                break
+            last = taken.value
         return None

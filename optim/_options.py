@@ -2,36 +2,95 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 SOLVERS = ("auto", "direct", "cg")
+
+# Options that groups may differ in: of the rest there is one, as there is one model for all parameters.
+OF_GROUPS = ("lr", "weight_decay", "damping_scale")
+
+
+def as_number(value: Any) -> float | int | None:
+    """A number, NumPy's or in a tensor of one element too, as Python's; None for all else, also Booleans."""
+    if type(value) in (float, int):
+        return value
+    if hasattr(value, "item") and math.prod(value.shape) == 1:
+        value = value.item()
+        return value if type(value) in (float, int) else None
+    return None
 
 
 def check_lr(options: Mapping[str, Any]) -> None:
     """Raise ValueError unless ``lr`` is a finite number that is not negative, or such a tensor."""
-    if getattr(options["lr"], "shape", None) and options["lr"].numel() != 1:
+    if getattr(options["lr"], "shape", None) and math.prod(options["lr"].shape) != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not 0 <= float(options["lr"]) < math.inf:
-        raise ValueError(f"lr must be a non-negative number, got {options['lr']!r}.")
+    check_not_negative(options, "lr")
 
 
 def check_positive(options: Mapping[str, Any], *names: str) -> None:
     """Raise ValueError unless every option is a positive finite number."""
     for name in names:
-        value = options[name]
-        if not (isinstance(value, float | int) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        number = as_number(options[name])
+        if number is None or not 0 < number < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {options[name]!r}.")
 
 
 def check_not_negative(options: Mapping[str, Any], *names: str) -> None:
     """Raise ValueError unless every option is a finite number that is not negative."""
     for name in names:
-        value = options[name]
-        if not (isinstance(value, float | int) and 0 <= value < math.inf):
-            raise ValueError(f"{name} must be a non-negative number, got {value!r}.")
+        number = as_number(options[name])
+        if number is None or not 0 <= number < math.inf:
+            raise ValueError(f"{name} must be a non-negative number, got {options[name]!r}.")
+
+
+def check_fraction(options: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError unless every option is a number from 0 to 1."""
+    for name in names:
+        number = as_number(options[name])
+        if number is None or not 0 <= number <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {options[name]!r}.")
+
+
+def check_groups(
+    groups: Sequence[dict[str, Any]], names: Iterable[str], check: Callable[[dict[str, Any]], None]
+) -> None:
+    """Check groups that users may write to, and make their numbers Python's, which checkpoints hold.
+
+    Raises:
+        ValueError: an option of ``names`` is missing, out of range, or differs from that of the first group
+            where there is one for all.
+    """
+    for index, group in enumerate(groups):
+        missing = [name for name in names if name not in group]
+        if missing:
+            raise ValueError(f"param_groups[{index}] must have every option, but lacks {', '.join(missing)}.")
+        check(group)
+        make_plain(group, names)
+        for name in names:
+            check_joint(groups[0], name, group[name])
+
+
+def check_joint(first: Mapping[str, Any], name: str, value: Any) -> None:
+    """Raise ValueError where an option of which there is one differs from that of the first group."""
+    if name not in OF_GROUPS and value != first[name]:
+        raise ValueError(
+            f"{name} must be the same in all parameter groups (there is one model for all parameters), got"
+            f" {first[name]!r} and {value!r}."
+        )
+
+
+def make_plain(options: dict[str, Any], names: Iterable[str]) -> None:
+    """Make numbers Python's; ``lr`` may stay a tensor, which schedulers write into."""
+    for name in names:
+        number = as_number(options.get(name))
+        if number is not None and not (name == "lr" and isinstance(options[name], Tensor)):
+            options[name] = number
 
 
 # Options of torch's first-order optimizers, and why these optimizers lack them.
@@ -55,12 +114,21 @@ def refuse(optimizer: type, options: Mapping[str, Any]) -> None:
             raise TypeError(f"{optimizer.__name__} does not support {name}={value!r}: {_REASONS[name]}.")
 
 
+def refuse_arguments(func: Callable[..., Any], given: Mapping[str, Any], instead: Mapping[str, str]) -> None:
+    """Raise TypeError for arguments that a function does not take, with the remedy where one is known."""
+    for name in given:
+        known = list(inspect.signature(func).parameters)[2:-1]
+        close = [f"Did you mean {other}?" for other in difflib.get_close_matches(name, known, n=1)]
+        text = f"{func.__name__} got an unexpected argument {name!r}; it takes {', '.join(known)}."
+        raise TypeError(" ".join([text, *([instead[name]] if name in instead else close)]))
+
+
 def check_count(options: Mapping[str, Any], *names: str) -> None:
     """Raise ValueError unless every option is a positive integer."""
     for name in names:
-        value = options[name]
-        if not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        number = as_number(options[name])
+        if not (isinstance(number, int) and number >= 1):
+            raise ValueError(f"{name} must be a positive integer, got {options[name]!r}.")
 
 
 def check_choice(options: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> None:

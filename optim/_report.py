@@ -28,7 +28,8 @@ class StepReport(NamedTuple):
         gradient_norm: Euclidean norm of the gradient before the step.
         step_norm: Euclidean norm of the step taken.
         status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``), or "zero_gradient", "zero_lr",
-            "non_finite" where there was nothing to solve.
+            "non_finite" where there was nothing to solve; "noise_floor" where loss and gradients show no
+            decrease that rounding would not hide.
         iterations: Of the solver, all trials together.
         trials: Systems solved.
         curvature: Which curvature was used, and why.

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from optim import _control
 from optim._base import Evaluation, SecondOrderOptimizer
 from optim._judge import Proposal, QuadraticModel
-from optim._options import check_count, check_lr, check_positive, refuse
+from optim._options import check_count, check_fraction, check_lr, check_not_negative, check_positive, refuse
 from secondorder import LinearOperator, cg
 from secondorder.flat import flatten, is_finite, unflatten
 from secondorder.solvers import RelativeProgress
@@ -107,10 +107,10 @@ class HessianFree(SecondOrderOptimizer):
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
         check_lr(options)
+        check_not_negative(options, "weight_decay")
         check_positive(options, "damping", "damping_scale", "progress")
         check_count(options, "max_iter", "max_trials")
-        if not 0 <= options["decay"] <= 1:
-            raise ValueError(f"decay must be between 0 and 1, got {options['decay']!r}.")
+        check_fraction(options, "decay")
 
     def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
         return self._gauss_newton(evaluation)

@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optim import _control
-from optim._options import check_choice, check_count, check_positive
-from secondorder import Hessian, LinearOperator, MatrixOperator, SolveResult, steihaug, trust_region
+from optim._options import check_choice, check_count, check_positive, refuse_arguments
+from secondorder import Hessian, LinearOperator, MatrixOperator, steihaug, trust_region
+from secondorder.solvers import eigsh
 
 # A value below this, relative to the start, has no minimum near it.
 UNBOUNDED = -1e30
 
 METHODS = ("auto", "newton", "newton-cg")
 
+# What to do in place of arguments that scipy.optimize.minimize takes.
+_DERIVATIVE = "Derivatives of fun come from torch."
+INSTEAD = {
+    "args": "Let fun be a function of x alone, lambda x: fun(x, ...).",
+    "jac": _DERIVATIVE,
+    "hess": _DERIVATIVE,
+    "hessp": _DERIVATIVE,
+    "bounds": "Write x as a function of free variables: softplus(z), or a + (b - a) * sigmoid(z).",
+    "constraints": "Write x as a function of free variables, or add a penalty to fun.",
+    "tol": "Give gtol, a bound on the entries of the gradient.",
+    "options": "Give gtol, max_iter or radius themselves.",
+    "maxiter": "Give max_iter.",
+    "disp": "Nothing is printed: print the result, or use a callback.",
+}
+
 # Up to here an eigendecomposition (about 9 n^3 operations a step) is cheaper than Steihaug's products.
 DIRECT_LIMIT = 500
 
+# Lanczos steps that look for negative curvature where "newton-cg" could stop. Beside 1000 eigenvalues down to
+# zero they find one that is negative by a hundredth of the largest, or more.
+LANCZOS_STEPS = 60
+
 MESSAGES = {
-    "converged": "the gradient is within gtol",
+    "converged": "the gradient is within gtol, and no negative curvature was found: 'newton' looks at all"
+    f" eigenvalues of the Hessian, 'newton-cg' at what {LANCZOS_STEPS} Lanczos steps show",
     "noise_floor": "no decrease is left that rounding would not hide; the gradient is above gtol",
     "radius": "the trust radius fell below the spacing of numbers at x; is fun smooth there?",
     "max_iter": "the iteration limit came first; raise max_iter",
@@ -84,12 +105,14 @@ def minimize(
     max_iter: int = 500,
     radius: float | None = None,
     callback: Callable[[MinimizeResult], bool | None] | None = None,
+    **unsupported: Any,
 ) -> MinimizeResult:
     """Find a local minimiser of ``fun`` near ``x0``.
 
     "newton" solves the trust-region subproblem exactly from the eigenvalues of the Hessian: it leaves
     saddle points, and does not call a point with a negative eigenvalue converged. "newton-cg" needs only
-    products. Where decreases fall below the rounding of ``fun``, steps are judged by the gradient.
+    products: where the gradient is within ``gtol`` it looks for negative curvature by a few Lanczos steps,
+    and goes on along it. Where decreases fall below rounding of ``fun``, steps are judged by the gradient.
 
     Args:
         fun: Takes a tensor of the shape of ``x0``, returns one with a single element; twice differentiable.
@@ -100,17 +123,18 @@ def minimize(
         max_iter: Steps allowed.
         radius: First trust radius; ``max(1, norm(x0))`` when None.
         callback: Called with the present ``MinimizeResult`` after each accepted step; stops by
-            returning True.
+            returning True or raising StopIteration.
+        unsupported: Arguments of other minimisers; an error.
 
     Returns:
         A ``MinimizeResult``; ``success`` says whether the gradient met ``gtol``.
 
     Raises:
-        TypeError: ``x0`` is not a floating-point tensor; ``fun`` returns no tensor.
+        TypeError: ``x0`` is not a floating-point tensor; ``fun`` returns no tensor; an argument is unknown.
         ValueError: an option is out of range; ``fun(x0)`` is not one finite number or does not depend on x.
 
     Cost: a step takes one evaluation and, when accepted, one gradient and one Hessian (``n`` products and
-    about ``9 n^3`` operations) or, for "newton-cg", up to ``n`` products.
+    about ``9 n^3`` operations) or, for "newton-cg", up to ``n`` products; at its end about 60 more.
 
     Reference: Conn, Gould and Toint (2000), Trust-region methods; Steihaug (1983).
 
@@ -120,6 +144,7 @@ def minimize(
         >>> result.status, result.x.round(decimals=8)
         ('converged', tensor([1., 1.], dtype=torch.float64))
     """
+    refuse_arguments(minimize, unsupported, INSTEAD)
     if not isinstance(x0, Tensor) or x0.dtype not in (torch.float64, torch.float32):
         kind = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
         raise TypeError(f"x0 must be a tensor of float64 or float32, got {kind}; use torch.tensor(...).")
@@ -176,6 +201,8 @@ class _Run:
     def _move_to(self, point: _Point) -> None:
         """Take the point and build its quadratic model."""
         self._point = point
+        # A direction of negative curvature of length one, and its curvature, where one was looked for.
+        self._downward: tuple[Tensor, float] | None = None
         hessian = Hessian(point.loss, [point.x])
         self._gradient, self._curvature = hessian.gradient, self._form(hessian)
         self._njev += 1
@@ -188,14 +215,20 @@ class _Run:
         self._nhev += 1
         return MatrixOperator(hessian.dense())
 
-    def _solve(self, radius: float) -> SolveResult:
+    def _solve(self, radius: float) -> tuple[Tensor, float]:
+        """The step, and its product with the curvature."""
         if isinstance(self._curvature, MatrixOperator):
-            return trust_region(self._curvature.spectrum, -self._gradient, radius)
-        # Superlinear convergence (Nocedal and Wright, section 7.1).
-        rtol = min(0.5, math.sqrt(float(self._gradient.norm())))
-        result = steihaug(self._curvature, -self._gradient, radius, rtol=rtol)
-        self._nhev += result.products
-        return result
+            result = trust_region(self._curvature.spectrum, -self._gradient, radius)
+        elif self._downward is not None:
+            direction, curvature = self._downward
+            sign = -1.0 if float(self._gradient.dot(direction)) > 0 else 1.0
+            return sign * radius * direction, radius**2 * curvature
+        else:
+            # Superlinear convergence (Nocedal and Wright, section 7.1).
+            rtol = min(0.5, math.sqrt(float(self._gradient.norm())))
+            result = steihaug(self._curvature, -self._gradient, radius, rtol=rtol)
+            self._nhev += result.products
+        return result.x, result.quadratic
 
     def iterate(
         self,
@@ -213,17 +246,17 @@ class _Run:
             if not self._is_finite:
                 return "non_finite"
             self._nit += 1
-            result = self._solve(radius)
-            step_norm = float(result.x.norm())
-            predicted = -float(self._gradient.dot(result.x)) - 0.5 * result.quadratic
+            step, quadratic = self._solve(radius)
+            step_norm = float(step.norm())
+            predicted = -float(self._gradient.dot(step)) - 0.5 * quadratic
             if not predicted > 0:
                 return "noise_floor" if math.isfinite(predicted) else "non_finite"
-            trial = self._evaluate(self._point.x.detach() + result.x.view_as(self._point.x))
-            rho, in_noise = self._ratio(trial, result.x, predicted)
+            trial = self._evaluate(self._point.x.detach() + step.view_as(self._point.x))
+            rho, in_noise = self._ratio(trial, step, predicted)
             radius = _control.trust_radius(radius, rho, step_norm)
             if rho > _control.ACCEPTANCE:
                 self._move_to(trial)
-                if callback is not None and callback(self.result("running")):
+                if callback is not None and self._is_asked_to_stop(callback):
                     return "stopped"
                 if trial.value < self._unbounded:
                     return "unbounded"
@@ -232,16 +265,42 @@ class _Run:
             elif radius <= self._eps * max(1.0, float(self._point.x.detach().norm())):
                 return "radius"
 
+    def _is_asked_to_stop(self, callback: Callable[[MinimizeResult], bool | None]) -> bool:
+        try:
+            return bool(callback(self.result("running")))
+        except StopIteration:
+            return True
+
     def _is_minimum(self, gtol: float) -> bool:
-        """Gradient within tolerance and, where eigenvalues are known, none of them negative."""
+        """Gradient within tolerance, and no negative eigenvalue of the Hessian that is known or found."""
         if not float(self._gradient.abs().max() if self._gradient.numel() else 0.0) <= gtol:
             return False
-        if not isinstance(self._curvature, MatrixOperator) or not self._gradient.numel():
+        if not self._gradient.numel():
             return True
-        if not self._is_finite:
+        if self._downward is not None or not self._is_finite:
             return False
-        values = self._curvature.spectrum.values
+        if isinstance(self._curvature, MatrixOperator):
+            values = self._curvature.spectrum.values
+        else:
+            values = self._look_around()
         return float(values[0]) >= -math.sqrt(self._eps) * float(values.abs().max())
+
+    def _look_around(self) -> Tensor:
+        """The lowest and the highest eigenvalue, roughly; keeps the direction of the lowest."""
+        like = self._gradient
+        generator = torch.Generator(like.device).manual_seed(0)
+        start = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        self._nhev += 1
+        self._is_finite = bool((self._curvature @ start).isfinite().all())
+        if not self._is_finite:
+            return torch.full_like(like, math.nan)
+        k = min(2, len(like))
+        found = eigsh(self._curvature, k, which="BE", v0=start, max_iter=LANCZOS_STEPS, generator=generator)
+        self._nhev += found.products
+        values = found.values
+        if float(values[0]) < -math.sqrt(self._eps) * float(values.abs().max()):
+            self._downward = found.vectors[:, 0], float(values[0])
+        return values
 
     def _ratio(self, trial: _Point, step: Tensor, predicted: float) -> tuple[float, bool]:
         """The reduction ratio, and whether it had to be taken from the gradients."""

@@ -10,7 +10,15 @@ from torch.optim.optimizer import ParamsT
 from optim import _control
 from optim._base import Evaluation, SecondOrderOptimizer
 from optim._judge import Proposal, QuadraticModel
-from optim._options import SOLVERS, check_choice, check_count, check_lr, check_positive, refuse
+from optim._options import (
+    SOLVERS,
+    check_choice,
+    check_count,
+    check_lr,
+    check_not_negative,
+    check_positive,
+    refuse,
+)
 from secondorder import Hessian, LinearOperator, MatrixOperator, steihaug, trust_region
 
 
@@ -97,6 +105,7 @@ class Newton(SecondOrderOptimizer):
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
         check_lr(options)
+        check_not_negative(options, "weight_decay")
         check_positive(options, "radius", "damping_scale", "rtol")
         check_count(options, "direct_limit", "max_iter", "max_trials")
         check_choice(options, "solver", SOLVERS)

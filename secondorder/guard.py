@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,15 @@ from torch.overrides import TorchFunctionMode
 _NO_WRITE = {"requires_grad_", "retain_grad", "detach_", "rename_", "record_stream"}
 # Functions that are held in mind; torch has some 1500, a program calls a tenth of them.
 _REMEMBERED = 1024
+
+
+def surely(restore: Callable[[], None]) -> None:
+    """Restore, to the end also where an interrupt comes in between; what is done twice is as done once."""
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise
 
 
 class WriteGuard:
@@ -39,8 +48,7 @@ class WriteGuard:
     def undo(self) -> None:
         """Write back what was there before."""
         # Last first: a view may have been copied after a write to its base.
-        for copy in reversed(self._copies.values()):
-            copy.write_back()
+        surely(lambda: _write_back(reversed(self._copies.values())))
 
     @contextlib.contextmanager
     def rewound(self, kept: Iterable[Tensor] = ()) -> Iterator[None]:
@@ -49,12 +57,10 @@ class WriteGuard:
         before = [copy for copy in self._copies.values() if id(copy.tensor) not in ids]
         present = [_Copy.of(copy.tensor) for copy in before]
         try:
-            for copy in reversed(before):
-                copy.write_back()
+            _write_back(reversed(before))
             yield
         finally:
-            for copy in present:
-                copy.write_back()
+            surely(lambda: _write_back(present))
 
     def adopt(self, tensor: Tensor) -> Tensor:
         """Treat a tensor as made inside: writes to it are not undone."""
@@ -73,6 +79,11 @@ class WriteGuard:
             old = {_storage(tensor) for tensor in _tensors((*args, *kwargs.values()) if kwargs else args)}
             self._made.update(_storage(t) for t in _tensors((result,)) if _storage(t) not in old)
         return result
+
+
+def _write_back(copies: Iterable[_Copy]) -> None:
+    for copy in copies:
+        copy.write_back()
 
 
 class _Copy(NamedTuple):
@@ -318,9 +329,9 @@ class RandomState:
             self.restore()
             yield
         finally:
-            self._write(present)
+            surely(lambda: self._write(present))
             # Those that were first used inside as they were before.
-            self._set({**self._generators, **generators})
+            surely(lambda: self._set({**self._generators, **generators}))
 
     @staticmethod
     def _set(states: dict[torch.Generator, Tensor]) -> None:

@@ -135,3 +135,92 @@ def test_callback_sees_a_running_state():
     seen = []
     optim.minimize(zoo.PROBLEMS[0].func, zoo.PROBLEMS[0].x0(), callback=lambda s: seen.append(s.status))
     assert set(seen) == {"running"}
+
+
+def stationary(name, dtype):
+    """A function of 600 unknowns whose gradient at zero is zero, which is no minimum."""
+    rates = torch.logspace(-2, 0, 599, dtype=dtype)
+
+    def fun(x):
+        if name == "maximum":
+            return x.cos().sum()
+        along = x[0].pow(4) / 4 - {"saddle": 1.0, "slight_saddle": 0.02}[name] * x[0].square()
+        return along + (rates * x[1:].square()).sum()
+
+    return fun
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("start", [0.0, 1e-12])
+@pytest.mark.parametrize("name", ["maximum", "saddle", "slight_saddle"])
+def test_products_leave_saddles_and_maxima(name, start, dtype):
+    """By default, with as many unknowns; torch's random state stays what it was."""
+    fun, random = stationary(name, dtype), torch.get_rng_state()
+    result = optim.minimize(fun, torch.full((600,), start, dtype=dtype))
+    assert result.success, result
+    assert "60 Lanczos steps" in result.message
+    assert torch.equal(torch.get_rng_state(), random)
+    values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(fun, result.x))
+    assert float(values[0]) > -math.sqrt(torch.finfo(dtype).eps)
+    assert result.fun < float(fun(torch.zeros(600, dtype=dtype)))
+
+
+def test_a_start_at_the_minimum_is_one():
+    for n in (1, 2, 30):
+        x0 = torch.zeros(n, dtype=torch.float64)
+        result = optim.minimize(lambda x: x.square().sum(), x0, method="newton-cg")
+        assert (result.status, result.nit) == ("converged", 0)
+
+
+def test_curvature_that_is_not_finite_is_no_minimum():
+    """Found where the gradient is zero: ``|x|^1.5`` has none at zero that is finite."""
+    result = optim.minimize(
+        lambda x: x.abs().pow(1.5).sum(), torch.zeros(2, dtype=torch.float64), method="newton-cg"
+    )
+    assert result.status == "non_finite"
+
+
+@pytest.mark.parametrize("method", ["newton", "newton-cg"])
+def test_stop_iteration_in_the_callback_stops(method):
+    rosenbrock, seen = zoo.PROBLEMS[0], []
+
+    def callback(state):
+        seen.append(state.fun)
+        if len(seen) == 2:
+            raise StopIteration
+
+    result = optim.minimize(rosenbrock.func, rosenbrock.x0(), method=method, callback=callback)
+    assert result.status == "stopped"
+    assert not result.success
+    assert len(seen) == 2
+    assert result.fun == seen[-1]
+
+
+def test_stop_iteration_in_the_function_is_an_error():
+    values = iter([1.0])
+    with pytest.raises(StopIteration):
+        optim.minimize(lambda x: next(values) + x.square().sum(), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("bounds", "Write x as a function of free variables"),
+        ("constraints", "Write x as a function of free variables"),
+        ("tol", "Give gtol"),
+        ("options", "Give gtol, max_iter or radius"),
+        ("jac", "Derivatives of fun come from torch"),
+        ("hess", "Derivatives of fun come from torch"),
+        ("hessp", "Derivatives of fun come from torch"),
+        ("args", "Let fun be a function of x alone"),
+        ("maxiter", "Give max_iter"),
+        ("methods", "Did you mean method?"),
+        ("frobnicate", ""),
+    ],
+)
+def test_arguments_of_other_minimisers_are_named(name, remedy):
+    text = f"minimize got an unexpected argument '{name}'; it takes method, gtol, max_iter, radius, callback."
+    with pytest.raises(TypeError) as caught:
+        optim.minimize(lambda x: x.sum(), torch.ones(2), **{name: None})
+    assert str(caught.value).startswith(text)
+    assert remedy in str(caught.value)

@@ -318,8 +318,12 @@ def test_report_says_what_was_used():
     assert evaluations == pytest.approx(round(evaluations))
     assert 1 <= round(evaluations) <= 5
     optimizer = optim.GaussNewton(case.model.parameters())
-    outputs = case.outputs()
-    optimizer.step(lambda: (case.loss(outputs, case.targets), outputs))
+
+    def explicit():
+        outputs = case.outputs()
+        return case.loss(outputs, case.targets), outputs
+
+    optimizer.step(explicit)
     assert "explicit" in optimizer.report.curvature
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from optim.closure.accumulation import Accumulation, marks, were_written
 from optim.closure.losses import Coverage, cover, explicit, refuse_reentrant_checkpoint
-from optim.closure.modes import Record, Value, Weighted
+from optim.closure.modes import Again, Record, Value, Weighted
 from optim.closure.returned import finite, number, root_of, split
 from optim.closure.setting import evaluating, grads_put_aside, without_hooks
 from secondorder import graph
 from secondorder.flat import flatten, is_finite
-from secondorder.guard import RandomState, WriteGuard
+from secondorder.guard import RandomState, WriteGuard, surely
 from secondorder.ladder import MissingDerivativeError
 
 Closure = Callable[[], Any]
@@ -56,7 +56,13 @@ class ClosureEvaluator:
         parameters: The parameters that the optimizer moves.
         sign: -1 where the closure's loss is to be maximised.
         accumulation: Counts the backward passes that ``.grad`` holds before the closure runs.
+
+    Attributes:
+        is_suspect: The recorded graph holds nodes that look older than the run. Those that another thread
+            made do too: numbers of nodes are counted in each.
     """
+
+    is_suspect = False
 
     def __init__(
         self,
@@ -72,6 +78,8 @@ class ClosureEvaluator:
         # Of the recorded run, whose writes stay unless the step fails.
         self._guard = WriteGuard()
         self._differentiates = False
+        # Number of the first node that the recorded run could make.
+        self._first_node = 0
         # Leaves that the loss depends on and that the optimizer does not move.
         self._others: list[Tensor] = []
 
@@ -84,15 +92,19 @@ class ClosureEvaluator:
         for grad in grads:
             if grad is not None:
                 self._guard.adopt(grad)
-        try:
-            yield
-        except BaseException:
+
+        def restore() -> None:
             self._random.restore()
             self._guard.undo()
             for parameter, grad, copy in zip(self._parameters, grads, copies, strict=True):
                 parameter.grad = grad
                 if grad is not None and copy is not None:
                     grad.detach().copy_(copy)
+
+        try:
+            yield
+        except BaseException:
+            surely(restore)
             raise
 
     def record(self) -> Evaluation:
@@ -126,6 +138,7 @@ class ClosureEvaluator:
         self._random.save()
         mode = Record(self._parameters, self._guard, self._random, self._accumulation)
         before = marks(self._parameters)
+        self._first_node = torch._C._autograd._get_sequence_nr()
         with torch.enable_grad(), evaluating(), mode:
             returned = closure()
         refuse_reentrant_checkpoint([root for root, _ in mode.roots])
@@ -163,6 +176,7 @@ class ClosureEvaluator:
         tensors = [root for root, _ in roots]
         own = {id(parameter) for parameter in self._parameters}
         self._others = [leaf for leaf in graph.leaves(tensors) if id(leaf) not in own]
+        self.is_suspect = any(node._sequence_nr() < self._first_node for node in graph.nodes(tensors))
         if not is_finite(gradient):
             raise RuntimeError(
                 "the gradient at the current parameters must be finite, got NaN or infinity;"
@@ -199,6 +213,34 @@ class ClosureEvaluator:
                 self._fill_grads(root_of(loss)[0])
             return self._sign * self._gradient()
 
+    def repeated(self, objective: Tensor) -> float | None:
+        """``sign`` times the loss of another run at the same parameters, without a trace.
+
+        None where there is no closure whose runs could differ.
+
+        Raises:
+            RuntimeError: parameters enter through nodes of the recorded ``objective``, which no run makes.
+        """
+        leaves = (*self._parameters, *self._others)
+        gradients = {leaf: leaf.grad for leaf in leaves}
+        with self._rewound(), grads_put_aside(leaves), WriteGuard() as guard:
+            mode = Again(guard, gradients, self._random)
+            with contextlib.nullcontext() if self._differentiates else _saving_nothing():
+                loss = self._replay(mode, gradients=True)
+        own = {id(parameter) for parameter in self._parameters}
+        old = set(graph.nodes([objective]))
+        roots = [root for root in (*mode.roots, loss) if isinstance(root, Tensor)]
+        shared = [node for node in graph.nodes(roots) if node in old]
+        following = [node for each in shared for node, _ in each.next_functions]
+        behind = {id(getattr(node, "variable", None)) for node in following}
+        if own & behind:
+            raise RuntimeError(
+                "closure must compute the loss anew each time it is called, but"
+                f" {len(own & behind)} of the parameters enter it through a graph that was made before; call"
+                " the model inside the closure."
+            )
+        return self._sign * number(loss)
+
     def _rewound(self) -> contextlib.AbstractContextManager[None]:
         """Buffers as the recorded run found them: spectral_norm computes with what it writes to."""
         return self._guard.rewound(self._parameters)
@@ -206,7 +248,13 @@ class ClosureEvaluator:
     def _replay(self, mode: Record | Value, gradients: bool) -> Any:
         """The loss of another run with the random numbers of the recorded one."""
         with self._random.replayed(), torch.set_grad_enabled(gradients), evaluating(), mode:
-            return split(self._closure())[0]
+            try:
+                return split(self._closure())[0]
+            except StopIteration as error:
+                raise RuntimeError(
+                    "closure must be the same function in all its calls of a step, but an iterator that it"
+                    " draws from is exhausted; draw the batch outside of the closure."
+                ) from error
 
     def _fill_grads(self, root: Tensor) -> None:
         refuse_reentrant_checkpoint([root])
@@ -231,3 +279,8 @@ class ClosureEvaluator:
             [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, grads, strict=True)]
         )
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _saving_nothing() -> contextlib.AbstractContextManager[None]:
+    """Graphs inside are bare: they can be looked at, and hold no memory."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda kept: kept)

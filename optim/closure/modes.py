@@ -117,6 +117,8 @@ class Record(TorchFunctionMode):
         if func in WITHOUT_SECOND_DERIVATIVE:
             _refuse_checkpoint(func, args)
         result = self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs)
+        if is_transformed(result):
+            self.differentiates = True
         return self.log.see(func, args, kwargs, result)
 
     def _backward(self, func: Any, backward: Pass) -> None:
@@ -196,6 +198,26 @@ class Value(TorchFunctionMode):
         for parameter, gradient in self._gradients.items():
             if gradient is not None:
                 parameter.grad = self._guard.adopt(gradient.clone())
+
+
+class Again(Value):
+    """Runs with gradients as they were recorded, but swallows backward; notes what was differentiated.
+
+    Attributes:
+        roots: Tensors on which ``backward`` or ``torch.autograd.grad`` was called.
+    """
+
+    def __init__(
+        self, guard: WriteGuard, gradients: dict[Tensor, Tensor | None], random: RandomState
+    ) -> None:
+        super().__init__(guard, gradients, True, random)
+        self.roots: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        signature = _GRAD if func is torch.autograd.grad else BACKWARD.get(func)
+        if signature is not None:
+            self.roots += [root for root, _ in Pass.of(signature, args, kwargs or {}).roots]
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 _SCALER = torch.amp.GradScaler.scale.__code__

@@ -179,6 +179,10 @@ class ReplayEvaluator(ClosureEvaluator):
             gap = gap or f"the loss was {before:.6g} and is {value:.6g} when it is computed again"
         return self._evaluation(mode, loss, value, [root], gradient, (), gap or partial, scale)
 
+    def repeated(self, objective: Tensor) -> float | None:
+        """As of a closure; what is run again instead of one was compared with the first run already."""
+        return None if self._closure == self._tape.run else super().repeated(objective)
+
     def _is_rough(self) -> bool:
         return self._parameters[0].dtype.itemsize < 4 or self._tape.is_rough()
 

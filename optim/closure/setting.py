@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secondorder import switches
 from secondorder.flat import unflatten
+from secondorder.guard import surely
 
 
 @contextlib.contextmanager
@@ -38,8 +39,30 @@ def trial(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
             parameter.data = parameter.data + part.to(parameter.dtype)
         yield
     finally:
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data = original
+        surely(lambda: _each(parameters, originals, "data"))
+
+
+def _each(parameters: Sequence[Tensor], values: Sequence[Tensor | None], name: str) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        setattr(parameter, name, value)
+
+
+@contextlib.contextmanager
+def moved(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
+    """Add the step, for good; after an exception in here or inside they are what they were, bit for bit."""
+    originals = [parameter.detach().clone() for parameter in parameters]
+    try:
+        for parameter, part in zip(parameters, unflatten(step, parameters), strict=True):
+            parameter.add_(part.to(parameter.dtype))
+        yield
+    except BaseException:
+        surely(lambda: _write(parameters, originals))
+        raise
+
+
+def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data.copy_(value)
 
 
 @contextlib.contextmanager
@@ -64,5 +87,4 @@ def grads_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = None
         yield
     finally:
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
+        surely(lambda: _each(parameters, grads, "grad"))

@@ -1,0 +1,52 @@
+"""What is wrong with what a closure gave, in words for a warning; empty where nothing is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from optim.closure.evaluate import Evaluation
+
+# Relative difference between the loss returned and the loss differentiated that is more than rounding; and
+# between two runs in single precision, which autocast computes in half.
+MISMATCH = 1e-3
+
+
+def processes(name: str) -> str:
+    """Where there are several: gradients may be averaged over them, losses are not."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return ""
+    return (
+        f"{name} judges a step by the loss of its own process: parameters of several processes drift apart;"
+        " train in one."
+    )
+
+
+def mismatch(evaluation: Evaluation) -> str:
+    """When the loss that is judged is not the one that was differentiated."""
+    # Both with the sign of what is minimised.
+    differentiated = float(evaluation.objective.detach())
+    difference = abs(evaluation.value - differentiated)
+    if not difference > MISMATCH * max(abs(evaluation.value), abs(differentiated)):
+        return ""
+    return (
+        f"closure returned a loss of {evaluation.value:.6g} but called backward on {differentiated:.6g}:"
+        " steps are modelled on the one and judged by the other; return what backward was called on."
+    )
+
+
+def repetition(value: float, again: float, dtype: torch.dtype) -> str:
+    """When two runs at the same parameters, which are of ``dtype``, gave different losses."""
+    tolerance = math.sqrt(torch.finfo(dtype).eps)
+    if dtype != torch.float64:
+        tolerance = max(tolerance, MISMATCH)
+    # What is not finite is dealt with in trials.
+    if not math.isfinite(again) or abs(value - again) <= tolerance * max(abs(value), abs(again)):
+        return ""
+    return (
+        f"closure gave a loss of {value:.6g} and then, at the same parameters, {again:.6g}: a step compares"
+        " losses, and these are of different functions. Draw the batch, and random numbers of NumPy and"
+        " Python, outside of the closure; torch's own are replayed, as are buffers that are written in place."
+    )
