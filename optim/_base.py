@@ -152,7 +152,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """One step: the loss does not increase beyond rounding, and parameters are never NaN.
 
         Where ``.grad`` holds more than the gradient of the loss that is evaluated (micro-batches outside of
-        the closure), a damped step is taken along it that is not tried, with a warning.
+        the closure), a damped step is taken along it that is not tried, with a warning. The first step runs
+        the closure once more, at the same parameters, and warns where its loss is another one.
 
         Args:
             closure: Evaluates the model and returns the loss, with or without calling ``backward``; or
@@ -164,9 +165,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: ``closure`` is not callable or returns something else; a parameter is complex.
-            ValueError: parameters differ in dtype or device.
-            RuntimeError: the loss at the current parameters is not finite, not a scalar, or does not
-                depend on the parameters. Parameters, gradients, buffers and random state are unchanged.
+            ValueError: parameters differ in dtype or device, or an option of a group is out of range.
+            RuntimeError: the loss at the current parameters is not finite, not a scalar, does not depend on
+                the parameters, or does so by what was computed outside of the closure. Parameters, gradients,
+                buffers and random state are unchanged.
         """
         check_groups(self.param_groups, self.defaults, self._check_options)
         parameters = self._parameters()
