@@ -46,7 +46,7 @@ def has_masks(tensors: Iterable[Tensor | None]) -> bool:
     return any(node.name() in _MASKS for node in nodes(tensors))
 
 
-# Nodes that raise when a second backward pass reaches them (torch 2.13).
+# Nodes that raise when a second backward pass reaches them (torch 2.13; pdist and cdist do not since 2.14).
 _WITHOUT_DERIVATIVE = {
     "torch::autograd::NotImplemented",
     "PdistBackwardBackward0",
