@@ -94,7 +94,7 @@ def has_any(tensors: Iterable[Tensor | None], names: set[str]) -> bool:
     return any(node.name() in names for node in nodes(tensors))
 
 
-# Nodes that raise when a second backward pass reaches them (torch 2.13).
+# Nodes that raise when a second backward pass reaches them (torch 2.13; pdist and cdist do not since 2.14).
 _WITHOUT_DERIVATIVE = {
     "torch::autograd::NotImplemented",
     "PdistBackwardBackward0",
