@@ -30,6 +30,12 @@ ERRORS = {
 UNDIFFERENTIABLE = {"reentrant_checkpoint"}
 if torch.__version__ < (2, 12):
     UNDIFFERENTIABLE.add("aminmax")
+    # What a checkpoint is made of has no forward mode there.
+    ERRORS["checkpoint"] = ERRORS["checkpointed_attention"] = (FORWARD, "implement the jvp function")
+    ERRORS["checkpointed_norm"] = (
+        FORWARD | {"hvp create_graph"},
+        "implement the jvp function|under torch.utils.checkpoint was computed again",
+    )
     ERRORS["grid_sample"] = (None, "grid_sampler_2d.* has no (second|forward) derivative")
 CASES = [
     pytest.param(name, index, id=f"{name}-{'x'.join(map(str, x.shape)) or 'scalar'}")
