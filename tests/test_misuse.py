@@ -4,6 +4,7 @@ import itertools
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -383,3 +384,27 @@ def test_what_is_the_same_function_is_not_warned_of(make, kind):
         optimizer.step(closure)
     # The repeated run took place.
     assert len(calls) >= 3
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_no_warning_points_at_our_lines(watched, recwarn):
+    """Of a number taken from a loss torch warns at the line that calls it: that would be one of ours."""
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(2, 1), torch.randn(8, 2), torch.randn(8, 1)
+    optimizer = optim.GaussNewton(model.parameters(), model=model if watched else None)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        assert float(loss) == complex(loss).real == loss.item()
+        return loss
+
+    if watched:
+        closure()
+        optimizer.step()
+    else:
+        optimizer.step(closure)
+    assert optimizer.report.accepted
+    ours = str(Path(optim.__file__).parent.parent)
+    assert not [w for w in recwarn if w.filename.startswith((ours + "/optim", ours + "/secondorder"))]

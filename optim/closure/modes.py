@@ -99,7 +99,7 @@ class Record(TorchFunctionMode):
         self._marks: Marks = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = without_graph(func, args), kwargs or {}
         if func in BACKWARD:
             return self._backward(func, Pass.of(BACKWARD[func], args, kwargs))
         if func is torch.autograd.grad:
@@ -185,7 +185,7 @@ class Value(TorchFunctionMode):
         self._random = random
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = without_graph(func, args), kwargs or {}
         if func in BACKWARD:
             return self._fill_grads()
         if func is torch._C._set_grad_enabled and not self._differentiates:
@@ -218,6 +218,14 @@ class Again(Value):
         if signature is not None:
             self.roots += [root for root, _ in Pass.of(signature, args, kwargs or {}).roots]
         return super().__torch_function__(func, types, args, kwargs)
+
+
+_NUMBERS = {Tensor.__float__, Tensor.__complex__}
+
+
+def without_graph(func: Any, args: Any) -> Any:
+    """The arguments; of ``float(loss)`` detached: of what has a graph torch warns, at our line."""
+    return (args[0].detach(), *args[1:]) if func in _NUMBERS else args
 
 
 _SCALER = torch.amp.GradScaler.scale.__code__

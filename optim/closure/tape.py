@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from optim.closure.accumulation import Marks, marks, were_thrown_away
 from optim.closure.losses import reached
-from optim.closure.modes import BACKWARD, Pass, is_grad_scaling
+from optim.closure.modes import BACKWARD, Pass, is_grad_scaling, without_graph
 from secondorder.guard import RandomState, written
 
 _numbers = itertools.count()
@@ -296,7 +296,7 @@ class Watched(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Inside they are the plain tensors that they are.
         with torch._C.DisableTorchFunctionSubclass():
-            return _recorded(func, args, kwargs or {})
+            return _recorded(func, without_graph(func, args), kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return str(self._as_plain(Tensor.__repr__, tensor_contents=tensor_contents))
