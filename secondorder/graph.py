@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +59,9 @@ class Kinds(NamedTuple):
         """Walk the graph, once, down to the inputs."""
         names, is_custom = set(), False
         for node in nodes(tensors, inputs):
-            names.add(node.name())
-            is_custom = is_custom or _is_custom(node)
+            name = node.name()
+            names.add(name)
+            is_custom = is_custom or _is_custom(node, name)
         return cls(names, not is_custom)
 
     @property
@@ -145,25 +146,31 @@ def refuse_wrong(
         inputs: With respect to which; with respect to all leaves when None.
         create_graph: The products will be differentiated too.
     """
-    order, wrong = ("third", {**_WRONG, **_WRONG_THIRD}) if create_graph else ("second", _WRONG)
-    _refuse(tuple(values), inputs, lambda node: _hides_derivative(node) or _is_named(node, wrong, order))
+    order, wrong = ("third", _WRONG | _WRONG_THIRD) if create_graph else ("second", _WRONG)
+    _refuse(tuple(values), inputs, wrong, order)
 
 
 def refuse_wrong_rows(
     values: Iterable[Tensor], inputs: Iterable[Tensor], *, create_graph: bool = False
 ) -> None:
     """The same for ``J^T u`` of ``values``, to be differentiated with respect to ``u``."""
-    order, wrong = ("third", {**_WRONG, **_WRONG_THIRD}) if create_graph else ("second", _WRONG_LINEAR)
-    _refuse(tuple(values), inputs, lambda node: _hides_derivative(node) or _is_named(node, wrong, order))
-
-
-_Verdict = WrongDerivativeError | None
+    order, wrong = ("third", _WRONG | _WRONG_THIRD) if create_graph else ("second", _WRONG_LINEAR)
+    _refuse(tuple(values), inputs, wrong, order)
 
 
 def _refuse(
-    values: Iterable[Tensor], inputs: Iterable[Tensor] | None, verdict: Callable[[Node], _Verdict]
+    values: tuple[Tensor, ...], inputs: Iterable[Tensor] | None, wrong: dict[str, str], order: str
 ) -> None:
-    found = {node: error for node in nodes(values) if (error := verdict(node)) is not None}
+    found = {}
+    for node in nodes(values):
+        name = wrong.get(node.name())
+        if name is not None:
+            found[node] = WrongDerivativeError(
+                f"the {order} derivative of {name} is wrong in torch; compute the loss inside"
+                " secondorder.decompose.decompose()."
+            )
+        elif isinstance(node, _PythonNode) and (text := _hides_derivative(node._forward_cls)):
+            found[node] = WrongDerivativeError(text, is_decomposed=False)
     if not found:
         return
     # What is not met on the way to the inputs does no harm.
@@ -172,43 +179,26 @@ def _refuse(
             raise found[node]
 
 
-def _is_named(node: Node, wrong: dict[str, str], order: str) -> _Verdict:
-    name = wrong.get(node.name())
-    if name is None:
-        return None
-    return WrongDerivativeError(
-        f"the {order} derivative of {name} is wrong in torch; compute the loss inside"
-        " secondorder.decompose.decompose()."
-    )
-
-
+# Of custom Functions: Python's own class, which type checkers take for no node.
+_PythonNode: Any = torch.autograd.function.BackwardCFunction
 _ONCE = torch.autograd.function.once_differentiable(lambda _: None).__code__
 
 
-def _hides_derivative(node: Node) -> _Verdict:
-    """Where a custom Function's gradient is a constant to autograd: its derivative would be zero."""
-    function = getattr(type(node), "_forward_cls", None)
-    if function is None or getattr(function.backward, "__code__", None) is not _ONCE:
-        return _is_higher_order(node)
-    return WrongDerivativeError(
-        f"{function.__name__} is once_differentiable and has no second derivative; write its backward"
-        " with differentiable operations, without once_differentiable.",
-        is_decomposed=False,
-    )
-
-
-def _is_higher_order(node: Node) -> _Verdict:
-    """``torch.cond``, ``scan`` and their kin."""
-    function = getattr(type(node), "_forward_cls", None)
-    module, _, operator = ("" if function is None else function.__module__).rpartition(".")
-    # Of them map alone keeps a graph in its backward pass (torch 2.13).
-    if module != "torch._higher_order_ops" or operator == "map":
-        return None
-    return WrongDerivativeError(
-        f"the second derivative of torch's higher-order operator {operator} is zero in torch, in silence;"
-        " write it as a branch or a loop in Python.",
-        is_decomposed=False,
-    )
+def _hides_derivative(function: Any) -> str:
+    """Why the gradient of a Function is a constant to autograd, with derivative zero; or nothing."""
+    if getattr(function.backward, "__code__", None) is _ONCE:
+        return (
+            f"{function.__name__} is once_differentiable and has no second derivative; write its backward"
+            " with differentiable operations, without once_differentiable."
+        )
+    module, _, operator = function.__module__.rpartition(".")
+    # ``torch.cond``, ``scan`` and their kin: map alone keeps a graph in its backward pass (torch 2.13).
+    if module == "torch._higher_order_ops" and operator != "map":
+        return (
+            f"the second derivative of torch's higher-order operator {operator} is zero in torch, in silence;"
+            " write it as a branch or a loop in Python."
+        )
+    return ""
 
 
 def between(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> list[Node]:
@@ -233,12 +223,12 @@ def between(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> list[
     return list(seen)
 
 
-def _is_custom(node: Node) -> bool:
+def _is_custom(node: Node, name: str) -> bool:
     """Whether the backward may be that of another function: a custom one, or a gradient that is scaled."""
-    # In Python: BackwardCFunction. In C++: torch::autograd::CppNode<...>.
-    if issubclass(type(node), torch.autograd.function.BackwardCFunction) or "CppNode" in node.name():
+    # In Python, and in C++: torch::autograd::CppNode<...>.
+    if isinstance(node, _PythonNode) or "CppNode" in name:
         return True
-    return bool(getattr(node, "_saved_scale_grad_by_freq", False))
+    return name.startswith("Embedding") and bool(getattr(node, "_saved_scale_grad_by_freq", False))
 
 
 def leaves(tensors: Iterable[Tensor | None]) -> list[Tensor]:
