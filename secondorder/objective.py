@@ -279,6 +279,7 @@ class OverBatches(LinearOperator):
         first = objective.parameters[0]
         n = sum(p.numel() for p in objective.parameters)
         super().__init__((n, n), first.dtype, first.device)
+        self._parts = objective.parameters
         self._objective, self._name, self._build, self._keep_graph = objective, name, build, keep_graph
         self._versions = self._read_versions()
         self._kept: list[tuple[ParameterOperator, int]] | None = None

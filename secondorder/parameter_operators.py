@@ -46,6 +46,7 @@ class ParameterOperator(LinearOperator):
         first = self.parameters[0]
         n = sum(p.numel() for p in self.parameters)
         super().__init__((n, n), first.dtype, first.device)
+        self._parts = self.parameters
         self._is_real_linear = first.dtype.is_complex
 
     @abstractmethod
@@ -72,7 +73,7 @@ class ParameterOperator(LinearOperator):
             )
         block = copy.copy(self)
         block._keep(kept)
-        block.parameters = tuple(self.parameters[i] for i in kept)
+        block.parameters = block._parts = tuple(self.parameters[i] for i in kept)
         n = sum(p.numel() for p in block.parameters)
         block.shape = (n, n)
         return block
