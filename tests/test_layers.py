@@ -29,6 +29,7 @@ ORDER = [
     "secondorder.curvature",
     "secondorder.fisher",
     "secondorder._data",
+    "secondorder._reduction",
     "secondorder.objective",
     "secondorder.influence",
     "secondorder",
