@@ -18,7 +18,7 @@ from secondorder._backward import pull
 from secondorder._tree import Tree, scalar
 from secondorder.convolutions import lighten_gradients
 from secondorder.flat import flatten, unflatten
-from secondorder.graph import refuse_wrong
+from secondorder.graph import Source, refuse_wrong
 from secondorder.parameter_operators import Jacobian, ParameterOperator, Pull, ThroughOutputs, tried
 
 Function = Callable[..., Any]
@@ -36,6 +36,18 @@ class Block(NamedTuple):
     loss: Tensor
     outputs: tuple[Tensor, ...]
     weight: Tensor
+
+
+class GradientBlock(NamedTuple):
+    """A ``Block`` by the gradient of its weighted loss.
+
+    Attributes:
+        gradients: With respect to each of the outputs, in the graph.
+        outputs: Tensors, or their places in the graph.
+    """
+
+    gradients: tuple[Tensor, ...]
+    outputs: tuple[Source, ...]
 
 
 class Hessian(ParameterOperator):
@@ -205,20 +217,20 @@ class GaussNewton(ThroughOutputs):
             )
 
     def has_curvature(self) -> bool:
-        """Whether the losses are curved in the outputs, found out with one random vector there.
+        """Whether the first block's loss is curved in its outputs, found out with one random vector there.
 
         Cost: a product with the Hessian of the loss in the space of outputs, and one host read.
         """
-        if self._is_zero:
-            return False
+        multiply, where = self._middles[0]
         generator = torch.Generator("cpu").manual_seed(0)
-        parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in self.jacobian.outputs]
-        return bool(torch.stack([part.any() for part in self._middle(parts, pull)]).any())
+        outputs = self.jacobian.outputs[where]
+        parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in outputs]
+        return any(bool(part.any()) for part in multiply(parts, pull))
 
     @classmethod
     def of_blocks(
         cls,
-        blocks: Sequence[Block],
+        blocks: Sequence[Block | GradientBlock],
         parameters: Iterable[Tensor],
         *,
         keep_graph: bool = True,
@@ -258,12 +270,16 @@ class GaussNewton(ThroughOutputs):
         return ladder.climb(build)
 
     def _set_up(
-        self, blocks: Sequence[Block], parameters: Iterable[Tensor], keep_graph: bool, batched: bool | None
+        self,
+        blocks: Sequence[Block | GradientBlock],
+        parameters: Iterable[Tensor],
+        keep_graph: bool,
+        batched: bool | None,
     ) -> None:
         super().__init__(parameters, batched)
         if not blocks:
             raise ValueError("blocks must hold at least one loss of outputs, got none.")
-        outputs: list[Tensor] = []
+        outputs: list[Source] = []
         # For each block: how it multiplies, and which of all outputs are its own.
         self._middles: list[tuple[_Middle, slice]] = []
         for block in blocks:
@@ -287,7 +303,7 @@ class GaussNewton(ThroughOutputs):
 _Middle = Callable[[list[Tensor], Pull], list[Tensor]]
 
 
-def _by_autograd(curved: list[tuple[Tensor, Tensor]]) -> _Middle:
+def _by_autograd(curved: list[tuple[Tensor, Source]]) -> _Middle:
     """``w_k H_k u_k`` for one block; blocks do not share a second derivative."""
     gradients, outputs = [g for g, _ in curved], [output for _, output in curved]
     return lambda parts, grad: grad(gradients, outputs, parts) if gradients else []
@@ -297,18 +313,23 @@ def _by_closed_form(product: output_hessians.Product) -> _Middle:
     return lambda parts, _: [product(parts[0])]
 
 
-def _curved_gradients(block: Block) -> list[tuple[Tensor, Tensor]]:
+def _curved_gradients(block: Block | GradientBlock) -> list[tuple[Tensor, Source]]:
     """Gradients of a loss with respect to its outputs, with the outputs; linear ones are left out."""
-    if not block.loss.requires_grad or not all(output.requires_grad for output in block.outputs):
-        raise ValueError("loss and outputs must carry a graph; compute them with gradients on.")
-    grads = torch.autograd.grad(block.loss, block.outputs, block.weight, create_graph=True, allow_unused=True)
-    if all(grad is None for grad in grads):
-        raise ValueError("loss must depend on outputs; pass the tensors it was computed from.")
+    grads = block.gradients if isinstance(block, GradientBlock) else _differentiated(block)
     return [
         (grad, output)
         for grad, output in zip(grads, block.outputs, strict=True)
         if grad is not None and grad.requires_grad
     ]
+
+
+def _differentiated(block: Block) -> Sequence[Tensor | None]:
+    if not block.loss.requires_grad or not all(output.requires_grad for output in block.outputs):
+        raise ValueError("loss and outputs must carry a graph; compute them with gradients on.")
+    grads = torch.autograd.grad(block.loss, block.outputs, block.weight, create_graph=True, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError("loss must depend on outputs; pass the tensors it was computed from.")
+    return grads
 
 
 def _check_loss(loss: Tensor) -> None:

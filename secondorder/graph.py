@@ -3,11 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
+
+
+class Place(NamedTuple):
+    """A tensor that only the graph knows: nobody may hold it any more.
+
+    Attributes:
+        edge: Where gradients with respect to it come by.
+        like: A tensor of its shape, dtype and device, without memory of its own.
+    """
+
+    edge: GradientEdge
+    like: Tensor
+
+    @classmethod
+    def of(cls, node: Node, output_nr: int) -> Place:
+        """That of one of the results of a node."""
+        made = node._input_metadata[output_nr]
+        like = torch.empty((), dtype=made.dtype, device=made.device).expand(made.shape)
+        return cls(GradientEdge(node, output_nr), like)
+
+
+Source = Tensor | Place
+
+
+def end(source: Source) -> Any:
+    """What ``torch.autograd.grad`` takes for it."""
+    return source.edge if isinstance(source, Place) else source
+
+
+def like(source: Source) -> Tensor:
+    """A tensor of its shape, dtype and device."""
+    return source.like if isinstance(source, Place) else source
+
+
+def has_graph(source: Source) -> bool:
+    """Whether gradients may pass it."""
+    return isinstance(source, Place) or source.requires_grad
 
 
 class HookCount:
@@ -86,7 +124,7 @@ def refuse_wrong(value: Tensor) -> None:
 _ONCE = torch.autograd.function.once_differentiable(lambda _: None).__code__
 
 
-def refuse_once_differentiable(tensors: Iterable[Tensor | None]) -> None:
+def refuse_once_differentiable(tensors: Iterable[Source | None]) -> None:
     """Raise WrongDerivativeError where a custom Function hides its second derivative: it would be zero."""
     for node in nodes(tensors):
         function = getattr(type(node), "_forward_cls", None)
@@ -111,9 +149,10 @@ def leaves(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [leaf for leaf in found if leaf is not None]
 
 
-def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
+def nodes(tensors: Iterable[Source | None]) -> Iterator[Node]:
     """All nodes behind ``tensors``, each once."""
-    seen = {tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None}
+    roots = (t.edge.node if isinstance(t, Place) else t.grad_fn for t in tensors if t is not None)
+    seen = {root for root in roots if root is not None}
     stack = list(seen)
     while stack:
         node = stack.pop()
