@@ -29,7 +29,8 @@ class Choice(NamedTuple):
 
 def gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Choice:
     """The Gauss-Newton matrix of all of the objective, or the Hessian."""
-    blocks, description, is_whole = evaluation.coverage
+    coverage = evaluation.coverage.proved()
+    blocks, description = coverage.blocks, coverage.description
     operator = GaussNewton.of_blocks(blocks, parameters) if blocks else None
     if operator is not None and description.startswith("explicit") and not operator.has_curvature():
         operator = None
@@ -43,11 +44,12 @@ def gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Choice
             " convex loss is computed from.",
             "The exact Hessian is used instead.",
         )
-    if is_whole:
-        return Choice(operator, f"gauss-newton ({description})")
+    own = " + hessian of a term of the parameters" if coverage.has_own_terms else ""
+    if coverage.is_whole:
+        return Choice(operator, f"gauss-newton ({description}){own}")
     return Choice(
         operator,
-        f"gauss-newton ({description})",
+        f"gauss-newton ({description}){own}",
         f"was given outputs that do not carry the whole loss: {description}.",
         "The curvature of what enters past them is left out.",
     )

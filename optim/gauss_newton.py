@@ -35,8 +35,8 @@ class GaussNewton(SecondOrderOptimizer):
         rtol: Relative residual at which CG stops.
         max_iter: Iterations of CG in one solve.
         max_trials: Solves in one step, each with more damping than the last.
-        strict: Raise, instead of falling back to the Hessian, where the Gauss-Newton matrix of the
-            known losses is not that of the whole objective.
+        strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
+            objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
             gradient and curvature, not in ``.grad``. May differ between groups.
         damping_scale: Factor of the damping; may differ between groups.

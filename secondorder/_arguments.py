@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 Tensors = tuple[Tensor, ...]
@@ -208,8 +209,13 @@ def fill_zeros(grads: MaybeTensors, like: Tensors, strict: bool, create_graph: b
     return tuple(filled)
 
 
+def _has_graph(output: Any) -> bool:
+    """Of a tensor, an edge of the graph or None."""
+    return isinstance(output, GradientEdge) or (output is not None and output.requires_grad)
+
+
 def grad(
-    outputs: Sequence[Tensor | None],
+    outputs: Sequence[Any],
     inputs: Tensors,
     grad_outputs: Tensors | None = None,
     *,
@@ -220,7 +226,7 @@ def grad(
     """``torch.autograd.grad`` that skips outputs without a graph; None where there is no path."""
     refuse_inference_mode()
     given: Sequence[Tensor | None] = (None,) * len(outputs) if grad_outputs is None else grad_outputs
-    pairs = [(out, v) for out, v in zip(outputs, given, strict=True) if out is not None and out.requires_grad]
+    pairs = [(out, v) for out, v in zip(outputs, given, strict=True) if _has_graph(out)]
     if not pairs:
         return (None,) * len(inputs)
     return torch.autograd.grad(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from secondorder import graph
 from secondorder._arguments import MaybeTensors, Tensors, grad, refuse_inference_mode
 from secondorder.convolutions import lighten_gradients, lighten_rows
+from secondorder.graph import Source, end, like
 from secondorder.ladder import explained, missing
 
 # Here the graph is all there is: the function behind it can not be run again.
@@ -20,53 +21,54 @@ _REMEDY = (
 )
 
 
-def pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+def pull(
+    outputs: Sequence[Source], inputs: Sequence[Source], v: Sequence[Tensor], create_graph: bool = False
+) -> list[Tensor]:
     """``v^T d outputs / d inputs``; zeros where there is no path. The graph is kept."""
-    refuse_inference_mode()
-    with explained(_REMEDY):
-        grads = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
+    grads, likes = _pulled(outputs, inputs, v, create_graph), map(like, inputs)
     # Not by materialize_grads, whose zeros require gradients before torch 2.10.
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
 
 
 def pull_rows(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor], create_graph: bool = False
+    outputs: Sequence[Source], inputs: Sequence[Source], v: Sequence[Tensor], create_graph: bool = False
 ) -> list[Tensor]:
     """As ``pull`` for a batch: a leading dimension on every ``v`` and on every result.
 
     One after another, where torch has no rule for a batch, or a wrong one.
     """
+    k, likes = v[0].shape[0], [like(x) for x in inputs]
+    if not k:
+        return [x.new_zeros((0, *x.shape)) for x in likes]
+    if not graph.is_wrong_in_batches(outputs):
+        try:
+            grads = _pulled(outputs, inputs, v, create_graph, is_batched=True)
+            return [x.new_zeros((k, *x.shape)) if g is None else g for g, x in zip(grads, likes, strict=True)]
+        except RuntimeError as error:
+            if missing(error) is not None:
+                raise
+    rows = [pull(outputs, inputs, one, create_graph) for one in zip(*v, strict=True)]
+    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def _pulled(
+    outputs: Sequence[Source],
+    inputs: Sequence[Source],
+    v: Sequence[Tensor],
+    create_graph: bool,
+    is_batched: bool = False,
+) -> MaybeTensors:
     refuse_inference_mode()
     with explained(_REMEDY):
-        if not graph.is_wrong_in_batches(outputs):
-            try:
-                return _pull_together(outputs, inputs, v, create_graph)
-            except RuntimeError as error:
-                if missing(error) is not None:
-                    raise
-        return _pull_one_by_one(outputs, inputs, v, create_graph)
-
-
-def _pull_together(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor], create_graph: bool
-) -> list[Tensor]:
-    options = dict(retain_graph=True, allow_unused=True, is_grads_batched=True)
-    grads = torch.autograd.grad(outputs, inputs, v, create_graph=create_graph, **options)
-    k = v[0].shape[0]
-    return [x.new_zeros((k, *x.shape)) if g is None else g for g, x in zip(grads, inputs, strict=True)]
-
-
-def _pull_one_by_one(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor], create_graph: bool
-) -> list[Tensor]:
-    options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
-    rows = [
-        torch.autograd.grad(outputs, inputs, one, create_graph=create_graph, **options)
-        for one in zip(*v, strict=True)
-    ]
-    if not rows:
-        return [x.new_zeros((0, *x.shape)) for x in inputs]
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        return torch.autograd.grad(
+            [end(z) for z in outputs],
+            [end(x) for x in inputs],
+            v,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=is_batched,
+        )
 
 
 def gradient_of(
@@ -92,14 +94,14 @@ def try_product(outputs: MaybeTensors, inputs: Tensors) -> None:
         grad(live, inputs, tuple(map(torch.zeros_like, live)), retain_graph=True)
 
 
-def cotangents(like: Iterable[Tensor], behind: Iterable[Tensor | None]) -> Tensors:
+def cotangents(tensors: Iterable[Tensor], behind: Iterable[Source | None]) -> Tensors:
     """A vector ``u`` that requires gradients, for a map that is linear in it: any value will do.
 
     Zeros, as torch takes them, where hooks that are not linear have a derivative too; ones where a backward
     pass through the graph of ``behind`` is not defined at zero.
     """
     make = torch.ones_like if graph.is_undefined_at_zero(behind) else torch.zeros_like
-    return tuple(make(tensor, requires_grad=True) for tensor in like)
+    return tuple(make(tensor, requires_grad=True) for tensor in tensors)
 
 
 class HessianGraph(NamedTuple):
@@ -107,18 +109,18 @@ class HessianGraph(NamedTuple):
 
     Attributes:
         outputs: The gradient, or ``u^T H``; None where there is no path.
-        inputs: With respect to which the gradient was taken, or ``u``.
+        inputs: With respect to which the gradient was taken, tensors or places; or ``u``.
     """
 
     outputs: MaybeTensors
-    inputs: Tensors
+    inputs: tuple[Any, ...]
 
     @classmethod
     def of(
         cls,
-        value: Tensor,
+        value: Tensor | None,
         gradient: MaybeTensors,
-        inputs: Tensors,
+        inputs: tuple[Source, ...],
         is_plain: bool = True,
         *,
         left: bool = False,
@@ -130,7 +132,7 @@ class HessianGraph(NamedTuple):
         respect to ``u``.
 
         Args:
-            value: A scalar.
+            value: A scalar; None where only its gradient is known.
             gradient: Of ``value`` with respect to ``inputs``.
             inputs: What it was differentiated with respect to.
             is_plain: False where products are not symmetric for a reason that the graph does not show.
@@ -142,15 +144,18 @@ class HessianGraph(NamedTuple):
         is_bad = is_symmetric and (kinds.divide or (kinds.may_be_nan and plain.is_nan()))
         if is_bad or not (is_symmetric or left):
             return cls.by_rows(value, gradient, inputs)
-        lighten_gradients(gradient, (value,))
+        if value is not None:
+            lighten_gradients(gradient, (value,))
         return plain
 
     @classmethod
-    def by_rows(cls, value: Tensor, gradient: MaybeTensors, inputs: Tensors) -> HessianGraph:
+    def by_rows(
+        cls, value: Tensor | None, gradient: MaybeTensors, inputs: tuple[Source, ...]
+    ) -> HessianGraph:
         """``u^T H``, to be differentiated with respect to ``u``."""
         with torch.enable_grad():
-            u = cotangents(inputs, gradient)
-            rows = grad(gradient, inputs, u, create_graph=True)
+            u = cotangents(map(like, inputs), gradient)
+            rows = grad(gradient, tuple(map(end, inputs)), u, create_graph=True)
         lighten_rows(rows, (value, *gradient))
         return cls(rows, u)
 
@@ -158,5 +163,5 @@ class HessianGraph(NamedTuple):
         """Whether a product is: one more product, and a host read."""
         live = [output for output in self.outputs if output is not None and output.requires_grad]
         ones = tuple(map(torch.ones_like, live))
-        products = grad(live, self.inputs, ones, retain_graph=True)
+        products = grad(live, tuple(map(end, self.inputs)), ones, retain_graph=True)
         return not all(bool(product.isfinite().all()) for product in products if product is not None)

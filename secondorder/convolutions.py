@@ -26,7 +26,7 @@ from secondorder import graph
 Grads = tuple[Tensor | None, ...]
 
 
-def lighten_rows(rows: Iterable[Tensor | None], outputs: Iterable[Tensor | None]) -> None:
+def lighten_rows(rows: Iterable[Tensor | None], outputs: Iterable[graph.Source | None]) -> None:
     """Speed up passes from ``rows``, that is ``J^T u``, to ``u``: the only ones that they may be used for.
 
     Args:
@@ -53,7 +53,7 @@ def lighten_gradients(gradients: Iterable[Tensor | None], outputs: Iterable[Tens
 
 
 def _own_nodes(
-    gradients: Iterable[Tensor | None], outputs: Iterable[Tensor | None]
+    gradients: Iterable[Tensor | None], outputs: Iterable[graph.Source | None]
 ) -> tuple[list[Node], set[Node]]:
     """Second backward nodes of convolutions that ``outputs`` do not have, and all nodes that they have."""
     found = [node for node in graph.nodes(gradients) if node.name() == "ConvolutionBackwardBackward0"]

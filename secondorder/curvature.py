@@ -19,7 +19,7 @@ from secondorder._backward import HessianGraph, pull
 from secondorder._tree import Tree, scalar
 from secondorder.convolutions import lighten_gradients
 from secondorder.flat import flatten, unflatten
-from secondorder.graph import Kinds, refuse_wrong
+from secondorder.graph import Kinds, Source, refuse_wrong
 from secondorder.parameter_operators import Jacobian, ParameterOperator, Pull, ThroughOutputs, tried
 
 Function = Callable[..., Any]
@@ -37,6 +37,18 @@ class Block(NamedTuple):
     loss: Tensor
     outputs: tuple[Tensor, ...]
     weight: Tensor
+
+
+class GradientBlock(NamedTuple):
+    """A ``Block`` by the gradient of its weighted loss.
+
+    Attributes:
+        gradients: With respect to each of the outputs, in the graph.
+        outputs: Tensors, or their places in the graph.
+    """
+
+    gradients: tuple[Tensor, ...]
+    outputs: tuple[Source, ...]
 
 
 class Hessian(ParameterOperator):
@@ -228,20 +240,20 @@ class GaussNewton(ThroughOutputs):
             )
 
     def has_curvature(self) -> bool:
-        """Whether the losses are curved in the outputs, found out with one random vector there.
+        """Whether the first block's loss is curved in its outputs, found out with one random vector there.
 
         Cost: a product with the Hessian of the loss in the space of outputs, and one host read.
         """
-        if self._is_zero:
-            return False
+        multiply, where = self._middles[0]
         generator = torch.Generator("cpu").manual_seed(0)
-        parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in self.jacobian.outputs]
-        return bool(torch.stack([part.any() for part in self._middle(parts, pull)]).any())
+        outputs = self.jacobian.outputs[where]
+        parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in outputs]
+        return any(bool(part.any()) for part in multiply(parts, pull))
 
     @classmethod
     def of_blocks(
         cls,
-        blocks: Sequence[Block],
+        blocks: Sequence[Block | GradientBlock],
         parameters: Iterable[Tensor],
         *,
         keep_graph: bool = True,
@@ -281,12 +293,16 @@ class GaussNewton(ThroughOutputs):
         return ladder.climb(build)
 
     def _set_up(
-        self, blocks: Sequence[Block], parameters: Iterable[Tensor], keep_graph: bool, batched: bool | None
+        self,
+        blocks: Sequence[Block | GradientBlock],
+        parameters: Iterable[Tensor],
+        keep_graph: bool,
+        batched: bool | None,
     ) -> None:
         super().__init__(parameters, batched)
         if not blocks:
             raise ValueError("blocks must hold at least one loss of outputs, got none.")
-        outputs: list[Tensor] = []
+        outputs: list[Source] = []
         # For each block: how it multiplies, and which of all outputs are its own.
         self._middles: list[tuple[_Middle, slice]] = []
         for block in blocks:
@@ -321,16 +337,21 @@ def _by_closed_form(product: output_hessians.Product) -> _Middle:
     return lambda parts, _: [product(parts[0])]
 
 
-def _curved(block: Block) -> tuple[HessianGraph, list[Tensor]]:
+def _curved(block: Block | GradientBlock) -> tuple[HessianGraph, list[Source]]:
     """The graph of a loss's Hessian, and its outputs; those that the loss is linear in are left out."""
+    loss, grads = (None, block.gradients) if isinstance(block, GradientBlock) else _differentiated(block)
+    pairs = [(g, z) for g, z in zip(grads, block.outputs, strict=True) if g is not None and g.requires_grad]
+    outputs = [z for _, z in pairs]
+    return HessianGraph.of(loss, tuple(g for g, _ in pairs), tuple(outputs)), outputs
+
+
+def _differentiated(block: Block) -> tuple[Tensor, MaybeTensors]:
     if not block.loss.requires_grad or not all(output.requires_grad for output in block.outputs):
         raise ValueError("loss and outputs must carry a graph; compute them with gradients on.")
     grads = torch.autograd.grad(block.loss, block.outputs, block.weight, create_graph=True, allow_unused=True)
     if all(grad is None for grad in grads):
         raise ValueError("loss must depend on outputs; pass the tensors it was computed from.")
-    pairs = [(g, z) for g, z in zip(grads, block.outputs, strict=True) if g is not None and g.requires_grad]
-    outputs = [z for _, z in pairs]
-    return HessianGraph.of(block.loss, tuple(g for g, _ in pairs), tuple(outputs)), outputs
+    return block.loss, grads
 
 
 def _check_loss(loss: Tensor) -> None:

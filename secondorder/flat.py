@@ -7,7 +7,8 @@ vectors ``(n, k)``; below it (products, the functional API) it is a tuple of ten
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +45,38 @@ def unflatten_rows(matrix: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]
     return tuple(
         part.reshape(matrix.shape[0], *tensor.shape) for part, tensor in zip(parts, like, strict=True)
     )
+
+
+_REMEDIES = {
+    "ndarray": "; convert it with torch.from_numpy, or use A.to_scipy().",
+    "dict": "; pass list(v.values()), in the order of the parameters.",
+}
+
+
+def on_parts(function: Callable[[Tensor], Tensor], parts: Any, like: Sequence[Tensor] | None) -> Any:
+    """``function`` of the flat vector of ``parts``, its value in parts again, a list for a list.
+
+    Args:
+        function: Takes and returns a vector of shape (n,).
+        parts: A list or tuple of tensors with the shapes of ``like``.
+        like: None where there is no such structure.
+
+    Raises:
+        TypeError: ``parts`` is something else, or there is no structure.
+        ValueError: ``parts`` holds something else than tensors of these shapes.
+    """
+    kind = type(parts).__name__
+    if not isinstance(parts, list | tuple):
+        raise TypeError(f"v must be a tensor, got {kind}{_REMEDIES.get(kind, '.')}")
+    if like is None:
+        raise TypeError(f"v must be a tensor, got {kind}; join its tensors with parameters_to_vector(v).")
+    if len(parts) != len(like):
+        raise ValueError(
+            f"v must hold a tensor for each of {len(like)} parameters, got a {kind} of {len(parts)}."
+        )
+    for index, (part, tensor) in enumerate(zip(parts, like, strict=True)):
+        if not isinstance(part, Tensor) or part.shape != tensor.shape:
+            got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"v[{index}] must be a tensor of shape {tuple(tensor.shape)}, got {got}.")
+    results = unflatten(function(flatten(parts)), like)
+    return type(parts)(*results) if hasattr(parts, "_fields") else type(parts)(results)

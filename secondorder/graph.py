@@ -7,8 +7,45 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
+
+
+class Place(NamedTuple):
+    """A tensor that only the graph knows: nobody may hold it any more.
+
+    Attributes:
+        edge: Where gradients with respect to it come by.
+        like: A tensor of its shape, dtype and device, without memory of its own.
+    """
+
+    edge: GradientEdge
+    like: Tensor
+
+    @classmethod
+    def of(cls, node: Node, output_nr: int) -> Place:
+        """That of one of the results of a node."""
+        made = node._input_metadata[output_nr]
+        like = torch.empty((), dtype=made.dtype, device=made.device).expand(made.shape)
+        return cls(GradientEdge(node, output_nr), like)
+
+
+Source = Tensor | Place
+
+
+def end(source: Source) -> Any:
+    """What ``torch.autograd.grad`` takes for it."""
+    return source.edge if isinstance(source, Place) else source
+
+
+def like(source: Source) -> Tensor:
+    """A tensor of its shape, dtype and device."""
+    return source.like if isinstance(source, Place) else source
+
+
+def has_graph(source: Source) -> bool:
+    """Whether gradients may pass it."""
+    return isinstance(source, Place) or source.requires_grad
 
 
 class HookCount:
@@ -55,7 +92,7 @@ class Kinds(NamedTuple):
     is_symmetric: bool
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor | None], inputs: Iterable[Tensor] = ()) -> Kinds:
+    def of(cls, tensors: Iterable[Source | None], inputs: Iterable[Source] = ()) -> Kinds:
         """Walk the graph, once, down to the inputs."""
         names, is_custom = set(), False
         for node in nodes(tensors, inputs):
@@ -80,17 +117,17 @@ class Kinds(NamedTuple):
         return bool(self.names & _DIVIDE)
 
 
-def is_undefined_at_zero(tensors: Iterable[Tensor | None]) -> bool:
+def is_undefined_at_zero(tensors: Iterable[Source | None]) -> bool:
     """Whether a backward pass from zeros is NaN."""
     return has_any(tensors, _UNDEFINED_AT_ZERO)
 
 
-def is_wrong_in_batches(tensors: Iterable[Tensor | None]) -> bool:
+def is_wrong_in_batches(tensors: Iterable[Source | None]) -> bool:
     """Whether a batched backward pass may be wrong in silence, and a loop is not."""
     return has_any(tensors, _BATCHED_WRONG)
 
 
-def has_any(tensors: Iterable[Tensor | None], names: set[str]) -> bool:
+def has_any(tensors: Iterable[Source | None], names: set[str]) -> bool:
     """Whether a node with one of these names lies behind ``tensors``."""
     return any(node.name() in names for node in nodes(tensors))
 
@@ -137,7 +174,7 @@ _WRONG_THIRD = {
 
 
 def refuse_wrong(
-    values: Iterable[Tensor], inputs: Iterable[Tensor] | None = None, *, create_graph: bool = False
+    values: Iterable[Source], inputs: Iterable[Tensor] | None = None, *, create_graph: bool = False
 ) -> None:
     """Raise WrongDerivativeError where the gradient of ``values`` has derivatives that are known to be wrong.
 
@@ -151,7 +188,7 @@ def refuse_wrong(
 
 
 def refuse_wrong_rows(
-    values: Iterable[Tensor], inputs: Iterable[Tensor], *, create_graph: bool = False
+    values: Iterable[Source], inputs: Iterable[Tensor], *, create_graph: bool = False
 ) -> None:
     """The same for ``J^T u`` of ``values``, to be differentiated with respect to ``u``."""
     order, wrong = ("third", _WRONG | _WRONG_THIRD) if create_graph else ("second", _WRONG_LINEAR)
@@ -159,7 +196,7 @@ def refuse_wrong_rows(
 
 
 def _refuse(
-    values: tuple[Tensor, ...], inputs: Iterable[Tensor] | None, wrong: dict[str, str], order: str
+    values: tuple[Source, ...], inputs: Iterable[Tensor] | None, wrong: dict[str, str], order: str
 ) -> None:
     found = {}
     for node in nodes(values):
@@ -201,7 +238,7 @@ def _hides_derivative(function: Any) -> str:
     return ""
 
 
-def between(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> list[Node]:
+def between(outputs: Iterable[Source | None], inputs: Iterable[Tensor]) -> list[Node]:
     """The nodes on the paths from ``outputs`` to ``inputs``."""
     inputs = list(inputs)
     leaves, inner = {id(x) for x in inputs}, {x.grad_fn for x in inputs}
@@ -237,12 +274,11 @@ def leaves(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [leaf for leaf in found if leaf is not None]
 
 
-def nodes(tensors: Iterable[Tensor | None], stops: Iterable[Tensor] = ()) -> Iterator[Node]:
+def nodes(tensors: Iterable[Source | None], stops: Iterable[Source] = ()) -> Iterator[Node]:
     """All nodes behind ``tensors``, each once; those of ``stops``, and what lies behind, are left out."""
-    left_out = {stop.grad_fn for stop in stops if stop.grad_fn is not None}
-    stack = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
-    stack = list(set(stack) - left_out)
-    seen = left_out.union(stack)
+    seen = set(_roots(stops))
+    stack = list(set(_roots(tensors)) - seen)
+    seen.update(stack)
     while stack:
         node = stack.pop()
         yield node
@@ -250,3 +286,12 @@ def nodes(tensors: Iterable[Tensor | None], stops: Iterable[Tensor] = ()) -> Ite
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
+
+
+def _roots(tensors: Iterable[Source | None]) -> Iterator[Node]:
+    """The nodes that tensors come from; a leaf has none."""
+    for tensor in tensors:
+        if isinstance(tensor, Place):
+            yield tensor.edge.node
+        elif tensor is not None and tensor.grad_fn is not None:
+            yield tensor.grad_fn

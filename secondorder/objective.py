@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secondorder import ladder
 from secondorder._data import Batch, Batches, call, check_deterministic, count_samples
+from secondorder._reduction import ReductionCheck
 from secondorder.curvature import GaussNewton, Hessian
 from secondorder.fisher import EmpiricalFisher, Fisher
 from secondorder.flat import flatten
@@ -37,8 +38,8 @@ class Objective:
         loss: Takes outputs and targets of a batch, returns the mean (or sum) of the samples' losses, such as
             ``torch.nn.functional.cross_entropy`` or a loss module.
         data: A pair (inputs, targets), a Dataset of such pairs, a DataLoader, or a list of batches (inputs,
-            targets). Targets are a tensor, inputs one or a tuple or dict of them; samples lie in their first
-            dimension.
+            targets). Targets are a tensor, inputs one or a tuple or dict of them; in batches and in what the
+            model returns, any containers of tensors. Samples lie in their first dimension.
         l2: Weight of the L2 term, loss over parameter squared. It is part of value, gradient and operators.
         reduction: "mean" or "sum": what ``loss`` does with the samples of a batch, and the objective with
             all of them.
@@ -104,6 +105,7 @@ class Objective:
         self._progress = progress
         self._ladder = ladder.Ladder()
         self._is_checked = False
+        self._reduction_check = ReductionCheck(loss, functools.partial(call, model), reduction)
 
     def value(self) -> Tensor:
         """The objective, a detached scalar."""
@@ -237,33 +239,8 @@ class Objective:
             return self.loss(outputs, batch[1]), outputs
         outputs = _checked_call(self.model, batch[0])
         value = self.loss(outputs, batch[1])
-        self._check_reduction(value, outputs, batch)
+        self._reduction_check.look_at(value, outputs, batch)
         return value, outputs
-
-    def _check_reduction(self, value: Tensor, outputs: Any, batch: Batch) -> None:
-        """Raise unless the loss of a batch is the mean (or sum) of those of its halves."""
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss must return a scalar tensor, got {got}; reduce it over the batch.")
-        n, targets = count_samples(batch), batch[1]
-        if n < 2 or not all(isinstance(t, Tensor) and t.ndim and len(t) == n for t in (outputs, targets)):
-            return
-        half = n // 2
-        with torch.no_grad():
-            halves = self.loss(outputs[:half], targets[:half]), self.loss(outputs[half:], targets[half:])
-        weights = (half / n, 1 - half / n) if self.reduction == "mean" else (1.0, 1.0)
-        whole, first, second = (float(v.detach()) for v in (value, *halves))
-        apart = weights[0] * first + weights[1] * second
-        if not math.isfinite(whole):
-            return
-        # Far above rounding, far below any real difference. A mean over ignored targets alone is NaN.
-        if not abs(whole - apart) <= torch.finfo(value.dtype).eps ** 0.5 * (abs(first) + abs(second)):
-            shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
-            raise ValueError(
-                f"loss must be the {self.reduction} over the samples of a batch, got {whole:.6g} for a batch"
-                f" ({shapes}) whose halves give {apart:.6g}; mind the shapes, drop class weights and ignored"
-                " targets, or use reduction='sum'."
-            )
 
     def __repr__(self) -> str:
         n = sum(p.numel() for p in self.parameters)
@@ -281,6 +258,7 @@ class OverBatches(LinearOperator):
         first = objective.parameters[0]
         n = sum(p.numel() for p in objective.parameters)
         super().__init__((n, n), first.dtype, first.device)
+        self._parts = objective.parameters
         self._objective, self._name, self._build, self._keep_graph = objective, name, build, keep_graph
         self._versions = self._read_versions()
         self._kept: list[tuple[ParameterOperator, int]] | None = None

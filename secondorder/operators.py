@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -16,6 +16,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from secondorder.flat import on_parts
 from secondorder.solvers import SolveResult, cg, direct, lsmr, minres
 from secondorder.solvers._probes import identity_blocks
 
@@ -34,9 +35,9 @@ class LinearOperator(ABC):
         device: Of the vectors it takes and gives.
         is_symmetric: Whether it equals its transpose; solvers rely on it.
 
-    ``A @ v`` takes a vector or a block, ``A @ B`` composes; ``A.T`` is the transpose; ``A + B``, ``A - B``,
-    ``c * A`` and ``-A`` are operators; ``A + c`` with a number adds ``c I``, with a vector of shape ``(n,)``
-    a diagonal. Nothing is computed before a product is asked for.
+    ``A @ v``, or ``A(v)``, takes a vector or a block, ``A @ B`` composes; ``A.T`` is the transpose, ``v @ A``
+    multiplies by it; ``A + B``, ``A - B``, ``c * A`` and ``-A`` are operators; ``A + c`` with a number adds
+    ``c I``, with a vector of shape ``(n,)`` a diagonal. Nothing is computed before a product is asked for.
     """
 
     is_symmetric = True
@@ -72,8 +73,13 @@ class LinearOperator(ABC):
     @overload
     def __matmul__(self, v: LinearOperator) -> LinearOperator: ...
 
-    def __matmul__(self, v: Tensor | LinearOperator) -> Tensor | LinearOperator:
+    @overload
+    def __matmul__(self, v: Sequence[Tensor]) -> Sequence[Tensor]: ...
+
+    def __matmul__(self, v: Tensor | LinearOperator | Sequence[Tensor]) -> Any:
         """``A @ v`` for ``v`` of shape (n,) or (n, k); the composition for an operator.
+
+        Operators of parameters also take a list or tuple of tensors shaped like these, and give one.
 
         Raises:
             TypeError: ``v`` is not a tensor or an operator, or of another dtype.
@@ -82,7 +88,7 @@ class LinearOperator(ABC):
         if isinstance(v, LinearOperator):
             return self._composed(v)
         if not isinstance(v, Tensor):
-            raise TypeError(f"v must be a tensor, got {type(v).__name__}.")
+            return on_parts(self.__matmul__, v, self._parts)
         n = self.shape[1]
         if v.ndim not in (1, 2) or v.shape[0] != n:
             raise ValueError(f"v must have shape ({n},) or ({n}, k), got {tuple(v.shape)}.")
@@ -93,6 +99,15 @@ class LinearOperator(ABC):
         if v.ndim == 1:
             return self._matvec(v)
         return self._matmat(v) if v.shape[1] else v.new_zeros((self.shape[0], 0))
+
+    __call__ = __matmul__
+
+    def __rmatmul__(self, v: Any) -> Any:
+        """``v @ A``, that is ``A.T @ v`` for ``v`` of shape (m,), for the rows of one of shape (k, m)."""
+        m = self.shape[0]
+        if isinstance(v, Tensor) and (v.ndim not in (1, 2) or v.shape[-1] != m):
+            raise ValueError(f"v must have shape ({m},) or (k, {m}) for v @ A, got {tuple(v.shape)}.")
+        return (self.T @ v.T).T if isinstance(v, Tensor) and v.ndim == 2 else self.T @ v
 
     @property
     def T(self) -> LinearOperator:  # noqa: N802 - as a tensor's
@@ -107,6 +122,9 @@ class LinearOperator(ABC):
         # It knows this one, not the other way round: a cycle would keep graphs alive.
         transposed._original = self
         return transposed
+
+    # The tensors whose flat vectors it takes and gives, where it knows them.
+    _parts: tuple[Tensor, ...] | None = None
 
     # Whether complex vectors are pairs of real numbers to it.
     _is_real_linear = False
@@ -248,7 +266,8 @@ class LinearOperator(ABC):
             is_symmetric = self.is_symmetric and other.is_symmetric
             backward = None if is_symmetric else lambda u: self.T @ u + other.T @ u
             text = f"{self._label} + {other._label}"
-            return _Derived(text, self.shape, self, lambda v: self @ v + other @ v, backward)
+            like = other if self._parts is None else self
+            return _Derived(text, self.shape, like, lambda v: self @ v + other @ v, backward)
         if isinstance(other, Tensor | float | int):
             return self._shifted(other)
         return NotImplemented
@@ -357,6 +376,7 @@ class _Derived(LinearOperator):
     ) -> None:
         super().__init__(shape, like.dtype, like.device)
         self._text = text
+        self._parts = like._parts if shape == like.shape else None
         self.is_symmetric = backward is None
         self._forward, self._backward = forward, forward if backward is None else backward
 

@@ -17,11 +17,12 @@ from secondorder._tree import Tree
 from secondorder.convolutions import lighten_rows
 from secondorder.decompose import current
 from secondorder.flat import flatten, flatten_rows, unflatten, unflatten_rows
+from secondorder.graph import Source, end, has_graph, like
 from secondorder.operators import LinearOperator
 
 Function = Callable[..., Any]
 # ``pull`` for one vector, ``pull_rows`` for a batch.
-Pull = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+Pull = Callable[[Sequence[Source], Sequence[Source], Sequence[Tensor]], list[Tensor]]
 
 # Width of the block on which a batched backward pass is measured against a loop.
 MEASURED_WIDTH = 8
@@ -47,6 +48,7 @@ class ParameterOperator(LinearOperator):
         first = self.parameters[0]
         n = sum(p.numel() for p in self.parameters)
         super().__init__((n, n), first.dtype, first.device)
+        self._parts = self.parameters
         self._is_real_linear = first.dtype.is_complex
 
     @abstractmethod
@@ -73,7 +75,7 @@ class ParameterOperator(LinearOperator):
             )
         block = copy.copy(self)
         block._keep(kept)
-        block.parameters = tuple(self.parameters[i] for i in kept)
+        block.parameters = block._parts = tuple(self.parameters[i] for i in kept)
         n = sum(p.numel() for p in block.parameters)
         block.shape = (n, n)
         return block
@@ -130,16 +132,17 @@ class Jacobian(LinearOperator):
 
     def __init__(
         self,
-        outputs: Tensor | Sequence[Tensor],
+        outputs: Tensor | Sequence[Source],
         parameters: Iterable[Tensor],
         *,
         keep_graph: bool = True,
         batched: bool | None = None,
     ) -> None:
         self.parameters = check_parameters(parameters)
-        self.outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        self._sources: tuple[Source, ...] = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        self.outputs = tuple(map(like, self._sources))
         first = self.parameters[0]
-        if not any(output.requires_grad for output in self.outputs):
+        if not any(map(has_graph, self._sources)):
             raise ValueError("outputs must carry a graph; compute them with gradients on.")
         for output in self.outputs:
             if output.device != first.device or output.is_complex() != first.is_complex():
@@ -173,11 +176,12 @@ class Jacobian(LinearOperator):
 
     def _build(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """``u``, and ``J^T u`` in its graph: linear in ``u``, its derivative applied to ``v`` is ``J v``."""
-        graph.refuse_wrong_rows(self.outputs, self.parameters)
+        graph.refuse_wrong_rows(self._sources, self.parameters)
         with torch.enable_grad():
-            duals = cotangents(self.outputs, self.outputs)
-            pulled = _arguments.grad(self.outputs, self.parameters, duals, create_graph=True)
-        lighten_rows(pulled, self.outputs)
+            duals = cotangents(self.outputs, self._sources)
+            outputs = [end(source) for source in self._sources]
+            pulled = _arguments.grad(outputs, self.parameters, duals, create_graph=True)
+        lighten_rows(pulled, self._sources)
         return list(duals), list(pulled)
 
     def rows(self) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -199,7 +203,8 @@ class Jacobian(LinearOperator):
 
     def pull(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
         """``J^T u`` in parts, shaped like the parameters."""
-        live = [(z, part.to(z.dtype)) for z, part in zip(self.outputs, parts, strict=True) if z.requires_grad]
+        triples = zip(self._sources, self.outputs, parts, strict=True)
+        live = [(source, part.to(z.dtype)) for source, z, part in triples if has_graph(source)]
         return grad([z for z, _ in live], self.parameters, [part for _, part in live])
 
     def restrict(self, indices: Sequence[int]) -> Jacobian:

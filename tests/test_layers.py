@@ -31,6 +31,7 @@ ORDER = [
     "secondorder.curvature",
     "secondorder.fisher",
     "secondorder._data",
+    "secondorder._reduction",
     "secondorder.objective",
     "secondorder.influence",
     "secondorder",

@@ -1,6 +1,7 @@
 """A loss over a dataset: independent of how the data is cut, equal to dense references, safe to call."""
 
 import random
+from typing import NamedTuple
 
 import numpy as np
 import oracles
@@ -490,3 +491,121 @@ def test_products_run_in_the_grad_mode_of_the_caller():
     with torch.no_grad():
         H._sum(product)
     assert modes == [True] * 3 + [False] * 3
+
+
+class Pair(NamedTuple):
+    scores: torch.Tensor
+    other: torch.Tensor
+
+
+class Opaque:
+    """Outputs that nothing is known of, as a dataclass of a library."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+
+# How the scores lie in outputs, the classes in targets; and how the loss finds both.
+STRUCTURES = {
+    "tensor": (lambda z: z, lambda t: t, lambda z: z, lambda t: t),
+    "tuple": (lambda z: (z, z + 1), lambda t: t, lambda z: z[0], lambda t: t),
+    "dict": (lambda z: z, lambda t: {"label": t}, lambda z: z, lambda t: t["label"]),
+    "dicts": (lambda z: {"z": z, "task": "a"}, lambda t: {"t": t}, lambda z: z["z"], lambda t: t["t"]),
+    "nested": (
+        lambda z: [{"head": (z, None)}],
+        lambda t: {"a": {"b": (t, t)}},
+        lambda z: z[0]["head"][0],
+        lambda t: t["a"]["b"][1],
+    ),
+    "named_tuple": (lambda z: Pair(z, z), lambda t: Pair(t, t), lambda z: z.scores, lambda t: t.other),
+    "opaque": (Opaque, lambda t: t, lambda z: z.scores, lambda t: t),
+    # As a library's outputs beside the loss it has computed: they cannot be cut.
+    "with_a_scalar": (lambda z: (z, z.sum()), lambda t: t, lambda z: z[0], lambda t: t),
+}
+CLASS_WEIGHT = torch.tensor([1.0, 20.0, 0.1], dtype=DOUBLE)
+REDUCED = {
+    "plain": ("mean", F.cross_entropy),
+    "sum": ("sum", lambda z, t: F.cross_entropy(z, t, weight=CLASS_WEIGHT, reduction="sum")),
+    "weighted": ("mean", lambda z, t: F.cross_entropy(z, t, weight=CLASS_WEIGHT)),
+    "weighted_by_hand": (
+        "mean",
+        lambda z, t: -(CLASS_WEIGHT[t] * z.log_softmax(1)[range(len(t)), t]).sum() / CLASS_WEIGHT[t].sum(),
+    ),
+    "ignored": ("mean", lambda z, t: F.cross_entropy(z, t, ignore_index=1)),
+}
+
+
+class Structured(nn.Module):
+    def __init__(self, base, structure):
+        super().__init__()
+        self.base, self.structure = base, structure
+
+    def forward(self, x):
+        return self.structure(self.base(x))
+
+
+@pytest.mark.parametrize("name", REDUCED)
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_loss_that_depends_on_the_cut_is_refused_in_any_structure(structure, name, is_sorted):
+    """Sorted by class, the halves of a batch hold one class and agree."""
+    case = zoo.network("mlp_cross_entropy")
+    inputs = torch.cat([case.inputs, case.inputs.flip(1)])
+    targets = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2])
+    if not is_sorted:
+        targets = targets[torch.randperm(18, generator=torch.Generator().manual_seed(1))]
+    wrap, wrap_target, scores, classes = STRUCTURES[structure]
+    reduction, loss = REDUCED[name]
+    model = Structured(case.model, wrap)
+    values = []
+    for size in (1, 2, 7, 18):
+        batches = [(x, wrap_target(t)) for x, t in zip(inputs.split(size), targets.split(size), strict=True)]
+        whole = Objective(model, lambda z, t: loss(scores(z), classes(t)), batches, reduction=reduction)
+        if name in ("plain", "sum"):
+            values.append(whole.value())
+        else:
+            for first in (whole.value, whole.gradient, lambda: whole.hessian() @ whole._flat()):  # noqa: B023
+                with pytest.raises(
+                    ValueError, match="loss must be the mean .* drop class weights and ignored"
+                ):
+                    first()
+    for value in values:
+        torch.testing.assert_close(value, loss(case.model(inputs), targets).detach(), **SAME)
+
+
+def test_what_cannot_be_cut_or_joined_is_not_looked_at():
+    """Sequences of several lengths, a mask that all samples share, names."""
+    model = Structured(nn.Linear(3, 2).double(), lambda z: (z, torch.ones(4, 4)))
+    batches = [(zoo.vector(6 * k, k).view(2, k, 3), ["a", "b"]) for k in (1, 2, 3)]
+    value = Objective(model, lambda z, names: z[0].square().mean() + 0 * len(names), batches).value()
+    expected = sum(model(x)[0].square().mean() for x, _ in batches) / 3
+    torch.testing.assert_close(value, expected.detach())
+    batches = [(x, len(x)) for x, _ in batches]
+    torch.testing.assert_close(Objective(model, lambda z, _: z[0].square().mean(), batches).value(), value)
+
+
+def test_a_loss_that_the_model_computes_is_looked_at_too():
+    """As models of libraries do that are given the labels; it cannot be cut, inputs can."""
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = zoo.network("mlp_cross_entropy").model
+
+        def forward(self, x, labels):
+            scores = self.base(x)
+            return {"loss": F.cross_entropy(scores, labels), "scores": scores}
+
+    case = zoo.network("mlp_cross_entropy")
+    for ignored in (0, 3):
+        labels = case.targets.clone()
+        labels[:ignored] = -100
+        for size in (1, 4):
+            pairs = zip(case.inputs.split(size), labels.split(size), strict=True)
+            batches = [({"x": x, "labels": t}, None) for x, t in pairs]
+            whole = Objective(WithLoss(), lambda outputs, _: outputs["loss"], batches)
+            if ignored:
+                with pytest.raises(ValueError, match="ignored targets"):
+                    whole.value()
+            else:
+                torch.testing.assert_close(whole.value(), case.value().detach(), **SAME)

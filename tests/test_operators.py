@@ -4,20 +4,24 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+import torch.nn.functional as F
 import zoo
 from memory import PeakMemory
 
 from secondorder import (
     FunctionOperator,
+    Hessian,
     Jacobian,
     LinearOperator,
     MatrixOperator,
+    Objective,
     block_cg,
     cg,
     cholesky,
     direct,
     minres,
 )
+from secondorder.flat import flatten
 from secondorder.functional import sparse_hessian
 
 
@@ -275,3 +279,90 @@ def test_to_scipy_whatever_the_default_device():
     assert (S @ np.ones(2, dtype=np.float32)).tolist() == [1.0, 1.0]
     with pytest.raises(TypeError, match="got torch.bfloat16"):
         MatrixOperator(torch.eye(2, dtype=torch.bfloat16)).to_scipy()
+
+
+def of_two_parameters():
+    parameters = [zoo.vector(6, 1).view(2, 3).requires_grad_(), zoo.vector(2, 2).requires_grad_()]
+    loss = (parameters[0].sin().sum(1) * parameters[1]).square().sum()
+    return Hessian(loss, parameters)
+
+
+def test_products_from_the_left_and_by_a_call_equal_dense(pair):
+    """A tensor leaves ``v @ A`` to the operator, NumPy's array too, which is then named."""
+    A, u = zoo.vector(24, 1).view(6, 4), zoo.vector(6, 4)
+    wide, U = MatrixOperator(A), zoo.vector(18, 5).view(3, 6)
+    for operator, matrix in ((pair[2], pair[0]), (wide, A), (wide.T @ pair[3], A.T @ pair[1])):
+        left = u if len(matrix) == 6 else u[:4]
+        rows = U if len(matrix) == 6 else U[:, :4]
+        torch.testing.assert_close(left @ operator, left @ matrix)
+        torch.testing.assert_close(rows @ operator, rows @ matrix)
+        right = zoo.vector(matrix.shape[1], 6)
+        torch.testing.assert_close(operator(right), matrix @ right)
+    with pytest.raises(ValueError, match=r"v must have shape \(6,\) or \(k, 6\) for v @ A, got \(4, 3\)"):
+        torch.zeros(4, 3, dtype=torch.float64) @ wide
+    for product in (lambda: u.numpy() @ wide, lambda: wide.T @ u.numpy(), lambda: wide.T(u.numpy())):
+        with pytest.raises(
+            TypeError, match=r"got ndarray; convert it with torch.from_numpy, or use A.to_sci"
+        ):
+            product()
+
+
+def test_products_with_a_list_of_tensors_equal_dense():
+    hessian = of_two_parameters()
+    v = zoo.vector(8, 3)
+    parts = (v[:6].view(2, 3), v[6:])
+    whole = Objective(
+        torch.nn.Linear(3, 2).double(),
+        F.mse_loss,
+        (zoo.vector(12, 1).view(4, 3), zoo.vector(8, 2).view(4, 2)),
+    )
+    other = MatrixOperator(zoo.spd_matrix(8, 10.0, 2))
+    for operator in (
+        hessian,
+        hessian + 0.5,
+        -hessian,
+        other + 2 * hessian,
+        whole.hessian(),
+        hessian.to(torch.float32),
+    ):
+        dense = operator.dense()
+        for kind in (list, tuple):
+            given = kind(part.to(operator.dtype) for part in parts)
+            for products in (operator @ given, operator(given), given @ operator):
+                assert type(products) is kind
+                assert [p.shape for p in products] == [p.shape for p in parts]
+                torch.testing.assert_close(flatten(products), dense @ v.to(operator.dtype))
+    block = hessian.restrict([1])
+    torch.testing.assert_close((block @ [parts[1]])[0], block.dense() @ parts[1])
+
+
+@pytest.mark.parametrize(
+    "kind", ["count", "shape", "names", "entries", "dict", "number", "no_parts", "dtype"]
+)
+def test_what_is_no_list_of_parts_is_named(kind):
+    hessian = of_two_parameters()
+    v = [torch.zeros_like(p) for p in hessian.parameters]
+    cases = {
+        "count": (hessian, v[:1], ValueError, "a tensor for each of 2 parameters, got a list of 1"),
+        "shape": (
+            hessian,
+            [v[0].T, v[1]],
+            ValueError,
+            r"v\[0\] must be a tensor of shape \(2, 3\), got \(3, 2\)",
+        ),
+        "names": (hessian, [("a", v[0]), ("b", v[1])], ValueError, r"v\[0\] must be a tensor .* got tuple"),
+        "entries": (hessian, [1.0, 2.0], ValueError, r"v\[0\] must be a tensor .* got float"),
+        "dict": (hessian, {"a": v[0], "b": v[1]}, TypeError, r"got dict; pass list\(v.values\(\)\)"),
+        "number": (hessian, 2.0, TypeError, "v must be a tensor, got float"),
+        "no_parts": (
+            MatrixOperator(hessian.dense()),
+            v,
+            TypeError,
+            r"got list; join .* parameters_to_vector",
+        ),
+        "dtype": (hessian, [x.float() for x in v], TypeError, "dtype torch.float64, got torch.float32"),
+    }
+    operator, given, error, text = cases[kind]
+    for product in (lambda: operator @ given, lambda: operator(given), lambda: given @ operator):
+        with pytest.raises(error, match=text):
+            product()

@@ -4,7 +4,7 @@ While a closure runs in record mode every call passes here. A known loss is kept
 ``log_softmax`` followed by ``nll_loss``, or ``sigmoid`` followed by ``binary_cross_entropy``, is seen as
 one loss of the logits: as a loss of the log-probabilities it would be linear, and the Gauss-Newton matrix
 silently zero. Squares, ``log_softmax`` and ``logsigmoid`` of which a loss is written by hand are losses
-too, where the objective is linear in them.
+too, where the objective is linear in them. Of other losses ``convexity`` looks for a proof.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optim.closure.terms import edge_of
 from secondorder import Block, graph
+from secondorder.curvature import GradientBlock
 
 # Convex in their first argument, for constant targets and weights that are not negative.
 _CONVEX: dict[Callable[..., Any], str] = {
@@ -70,8 +72,12 @@ _ELEMENTARY: dict[Callable[..., Any], tuple[str, int]] = {
     torch.log_softmax: ("log_softmax", -1),
     Tensor.log_softmax: ("log_softmax", -1),
 }
+# Their squares are sums of squares.
+_NORMS = {torch.norm, Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm}
+_EUCLIDEAN = (None, 2, "fro")
 # Squares where both operands are one tensor, or the second is 2.
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, torch.dot, Tensor.dot, torch.inner, Tensor.inner}
+_VECTOR_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 
 
@@ -97,38 +103,54 @@ class LossLog:
 
     def __init__(self) -> None:
         self.losses: list[RecordedLoss] = []
-        # Keyed by id; the value keeps the tensor alive, so that its id stays its own.
-        self._squashed: dict[int, tuple[str, Tensor, Tensor]] = {}
+        # Functions that make one loss with what follows: their names, results and arguments. Keyed by id; the
+        # value keeps the result alive, so that its id stays its own.
+        self._inner: dict[int, tuple[str, Tensor, Tensor]] = {}
 
     def see(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
         """Note a call if it is one that matters; returns what the closure should see as its result."""
         elementary = _elementary(func, args, kwargs)
-        if not (func in _CONVEX or func in _FUSED or func in _SQUASHING or elementary):
+        inner = "norm" if func in _NORMS and _is_euclidean(args, kwargs) else _SQUASHING.get(func)
+        if not (func in _CONVEX or func in _FUSED or inner or elementary):
             return result
-        argument = args[0] if args else kwargs.get("input")
+        tensors = args[1:] if func is torch.einsum else args
+        argument = tensors[0] if tensors else kwargs.get("input")
         if not (isinstance(result, Tensor) and result.requires_grad and isinstance(argument, Tensor)):
             return result
-        if func in _SQUASHING:
-            self._squashed[id(result)] = (_SQUASHING[func], result, argument)
+        if inner:
+            self._inner[id(result)] = (inner, result, argument)
         if elementary:
             name, sign = elementary
+            if name == "squares":
+                argument = self._argument_of("norm", argument, argument)
             self.losses.append(RecordedLoss(name, result, argument, argument._version, sign, True))
-        if func in _SQUASHING or elementary:
             # A number may be added to in place, which must not change what was noted.
             return result if result.ndim else result.clone()
+        if inner:
+            return result
         if func in _CONVEX:
             name, outputs = _CONVEX[func], argument
         else:
             needed, name = _FUSED[func]
-            squashing, _, logits = self._squashed.get(id(argument), ("", None, None))
-            if squashing != needed or logits is None:
+            outputs = self._argument_of(needed, argument, None)
+            if outputs is None:
                 return result
-            name, outputs = f"{needed} + {name}", logits
+            name = f"{needed} + {name}"
         if not _is_convex(func, _SIGNATURES[func].bind(*args, **kwargs).arguments):
             return result
         self.losses.append(RecordedLoss(name, result, outputs, outputs._version))
         # A copy, so that `loss += penalty` in the closure does not change what was noted.
         return result.clone()
+
+    def _argument_of(self, name: str, result: Tensor, default: Any) -> Any:
+        """What the named function was given, if it is that which made a tensor."""
+        inner, _, argument = self._inner.get(id(result), ("", None, default))
+        return argument if inner == name else default
+
+
+def _is_euclidean(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    exponent = args[1] if len(args) > 1 else kwargs.get("p", kwargs.get("ord"))
+    return exponent in _EUCLIDEAN
 
 
 def _elementary(
@@ -138,6 +160,11 @@ def _elementary(
     if func in _ELEMENTARY:
         return _ELEMENTARY[func]
     is_square = func in _PRODUCTS and len(args) == 2 and args[0] is args[1]
+    if func in _VECTOR_PRODUCTS:
+        is_square = len(args) == 2 and args[0] is args[1] and args[0].ndim == 1
+    if func is torch.einsum and len(args) == 3 and args[1] is args[2]:
+        first, _, second = args[0].partition("->")[0].replace(" ", "").partition(",")
+        is_square = first == second
     exponent = args[1] if len(args) == 2 else kwargs.get("exponent")
     is_power = func in _POWERS and isinstance(exponent, int | float) and exponent == 2
     return ("squares", 1) if is_square or is_power else None
@@ -154,6 +181,9 @@ def _is_convex(func: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     return all(bool((tensor >= 0).all()) for tensor in signed)
 
 
+CHANGED = "the outputs were changed in place after the loss was computed"
+
+
 class Coverage(NamedTuple):
     """The blocks of a Gauss-Newton matrix, or why there is none.
 
@@ -161,11 +191,19 @@ class Coverage(NamedTuple):
         blocks: One for each known loss; empty when the losses do not cover the objective.
         description: Names of the losses, or the reason why they do not cover it.
         is_whole: False when the user named outputs past which parameters enter the loss.
+        has_own_terms: Whether a block is the Hessian of terms of parameters alone.
+        prove: Looks further where the losses do not cover the objective, and for these terms.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block | GradientBlock, ...]
     description: str
     is_whole: bool = True
+    has_own_terms: bool = False
+    prove: Callable[[], Coverage] | None = None
+
+    def proved(self) -> Coverage:
+        """What covers the whole objective, if that can be proved on the graph; else this."""
+        return self if self.prove is None else self.prove()
 
 
 def cover(
@@ -203,7 +241,7 @@ def cover(
     if any(weight.requires_grad for _, weight in used):
         return Coverage((), "the objective is not linear in the known losses")
     if any(recorded.outputs._version != recorded.version for recorded, _ in used):
-        return Coverage((), "the outputs were changed in place after the loss was computed")
+        return Coverage((), CHANGED)
     if not all(_has_fitting_weight(recorded, weight) for recorded, weight in used):
         return Coverage((), "a known loss enters the objective with a negative weight")
     names = dict.fromkeys(recorded.name for recorded, _ in used)
@@ -212,8 +250,8 @@ def cover(
 
 def _met_first(roots: Sequence[Tensor], losses: Sequence[RecordedLoss]) -> list[RecordedLoss]:
     """The losses that the graph of the roots reaches without passing another."""
-    edges = {_edge(recorded.loss): index for index, recorded in enumerate(losses)}
-    stack = [_edge(root) for root in roots]
+    edges = {edge_of(recorded.loss): index for index, recorded in enumerate(losses)}
+    stack = [edge_of(root) for root in roots]
     seen, met = set(stack), set()
     while stack:
         edge = stack.pop()
@@ -270,9 +308,9 @@ def explicit(objective: Tensor, outputs: Sequence[Tensor], parameters: Sequence[
 
 def reached(roots: Sequence[Tensor], stops: Sequence[Tensor], wanted: Sequence[Tensor]) -> set[int]:
     """Positions of the ``wanted`` tensors that the graph of ``roots`` reaches without passing a stop."""
-    positions = {_edge(tensor): position for position, tensor in enumerate(wanted)}
-    seen = {_edge(tensor) for tensor in stops}
-    stack = [edge for edge in map(_edge, roots) if edge not in seen]
+    positions = {edge_of(tensor): position for position, tensor in enumerate(wanted)}
+    seen = {edge_of(tensor) for tensor in stops}
+    stack = [edge for edge in map(edge_of, roots) if edge not in seen]
     found: set[int] = set()
     while stack:
         edge = stack.pop()
@@ -292,8 +330,3 @@ def refuse_reentrant_checkpoint(roots: Sequence[Tensor]) -> None:
             "a reentrant checkpoint hides the graph from second derivatives; call"
             " torch.utils.checkpoint.checkpoint with use_reentrant=False."
         )
-
-
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return (edge.node, edge.output_nr)
