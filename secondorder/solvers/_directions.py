@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder.solvers._scale import check_range
+
 
 class CGState(NamedTuple):
     """What a callback sees after an iteration.
@@ -64,7 +66,12 @@ class ConjugateDirections:
         self._check_preconditioner()
 
     def _check_preconditioner(self) -> None:
-        rz = float(self._rz) if self._M is not None and self.residual_norm > 0 else 1.0
+        if self._M is None or not self.residual_norm > 0:
+            return
+        rz = float(self._rz)
+        if self.iteration == 0 and rz >= 0:
+            size = rz / self.residual_norm / self.residual_norm
+            check_range(self.A, self.products, self._rz.dtype, size)
         if rz <= 0:
             raise ValueError(
                 f"M must be symmetric positive definite, got r^T M r = {rz:.3g}"

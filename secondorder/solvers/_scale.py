@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from secondorder.solvers._directions import CGState
 from secondorder.solvers._probes import gaussian
 from secondorder.solvers._result import SolveResult
 
@@ -152,10 +151,12 @@ class Sizes(NamedTuple):
         result = solve(A, divided, **options)
         return self.restored(result, A, divided, options.get("shift", result.shift))
 
-    def _callback(self, callback: Callable[[CGState], Any]) -> Callable[[CGState], Any]:
-        def call(state: CGState) -> Any:
+    def _callback(self, callback: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Of ``cg``, given the state in the given units."""
+
+        def call(state: Any) -> Any:
             x, model = shifted(state.x, self.b - self.A), shifted_number(state.model, 2 * self.b - self.A)
-            return callback(CGState(state.iteration, x, model))
+            return callback(state._replace(x=x, model=model))
 
         return call
 

@@ -101,6 +101,7 @@ class _Lanczos:
         self.is_exhausted = self.was_exhausted = False
         self.is_finite = True
         self._basis = b.new_empty(b.shape[0], 0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
         self._scale = 0.0
         norm = b.norm()
         if bool(norm > 0):
@@ -152,11 +153,17 @@ class _Lanczos:
 
     def continue_elsewhere(self) -> None:
         """Go on from a vector orthogonal to the closed space."""
-        w = gaussian(self._like, 1, torch.Generator("cpu").manual_seed(self.k))[:, 0]
-        for _ in range(3):
-            w = w - self.basis @ (self.basis.T @ w)
+        tiny, length = torch.finfo(self._like.dtype).eps ** 0.5, 0.0
+        # Again where it happens to lie in the space, as one does whose numbers come from the same seed.
+        while not length > tiny:
+            w = gaussian(self._like, 1, self._generator)[:, 0]
             w = w / w.norm()
-        self._next = w
+            w = w - self.basis @ (self.basis.T @ w)
+            length = float(w.norm())
+        for _ in range(2):
+            w = w / w.norm()
+            w = w - self.basis @ (self.basis.T @ w)
+        self._next = w / w.norm()
         self.is_exhausted = True
         self.off_diagonal.append(0.0)
         self.is_closed = False

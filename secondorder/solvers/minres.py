@@ -216,14 +216,17 @@ class _Recurrence:
         self.phi = self.beta
         # From the norm of the residual to the norm in which phi is measured.
         self.scale = self.beta / norm if norm > 0 else 1.0
+        if self.iteration == 0:
+            check_range(self._A, self.products, residual.dtype, self.scale)
+        self._root(squared, is_zero=norm == 0)
         self._cs, self._sn, self._dbar, self._epsilon = -1.0, 0.0, 0.0, 0.0
         self._w = self._w_old = torch.zeros_like(self.x)
         # The present residual, times M.
         self.residual_direction = self._y
         self._norm = 0.0
 
-    def _root(self, squared: float) -> float:
-        if squared < 0:
+    def _root(self, squared: float, is_zero: bool = True) -> float:
+        if squared < 0 or (squared == 0 and not is_zero):
             raise ValueError(
                 f"M must be symmetric positive definite, got r^T M r = {squared:.3g}"
                 f" in iteration {self.iteration}."
@@ -243,7 +246,7 @@ class _Recurrence:
         self.alpha, squared, length, own_length = numbers.tolist()
         size = length / own_length if own_length > 0 else 0.0
         if self.iteration == 0:
-            check_range(self._A, self.products, y.dtype, size, self.scale)
+            check_range(self._A, self.products, y.dtype, size)
         self._size = max(self._size, size)
         self._beta_old, self.beta = self.beta, self._root(squared)
         self._norm = max(self._norm, math.hypot(self.alpha, self.beta))
