@@ -22,9 +22,10 @@ def test_gltr_is_as_good_as_the_exact_solution(system, radius):
     result = gltr(system.A, system.b, radius, rtol=1e-10)
     best = model(system.A, system.b, exact.x)
     size = abs(best) + float(system.A.norm()) * 1e-12
-    # Lengths on the boundary are within a tenth, and steps that differ so in length differ so in decrease.
-    assert model(system.A, system.b, result.x) <= best + 0.25 * size
-    assert float(result.x.norm()) <= 1.1 * radius * (1 + 1e-9)
+    # In one the space of b is solved to the tolerance before it is exhausted, as the docstring says.
+    is_missed = system is zoo.SYSTEMS["hard_case"] and radius == 1e4
+    assert model(system.A, system.b, result.x) <= best + (0.25 if is_missed else 1e-6) * size
+    assert float(result.x.norm()) <= radius * (1 + 1e-15)
     rounding = 1e-12 * float(system.A.norm())
     assert (result.shift > rounding) == (exact.shift > rounding)
     if "indefinite" in system.kind:
@@ -47,7 +48,7 @@ def test_optimality(system, radius):
         result.residual_norm, abs=1e-9 * size * float(result.x.norm())
     )
     if result.shift > 1e-12 * size:
-        assert float(result.x.norm()) == pytest.approx(radius, rel=0.1 + 1e-9)
+        assert float(result.x.norm()) == pytest.approx(radius, rel=1e-9)
 
 
 def test_gltr_takes_few_products_where_the_spectrum_is_clustered():
@@ -75,17 +76,46 @@ def test_limits_and_precision():
     A, b = zoo.indefinite_matrix(200, 1), zoo.vector(200, 2)
     short = gltr(A, b, 1.0, rtol=1e-12, max_iter=5)
     assert (short.status, short.iterations) == ("max_iter", 5)
-    assert float(short.x.norm()) <= 1.1
+    assert float(short.x.norm()) <= 1 + 1e-15
     single = gltr(A.float(), b.float(), 1.0, rtol=1e-4)
     assert single.status == "boundary"
     assert single.x.dtype == torch.float32
     double = gltr(A, b, 1.0, rtol=1e-9)
-    torch.testing.assert_close(single.x.double(), double.x, rtol=0.2, atol=1e-2)
+    torch.testing.assert_close(single.x.double(), double.x, rtol=1e-2, atol=1e-3)
     assert gltr(A, b * torch.nan, 1.0).status == "non_finite"
     assert gltr(FunctionOperator(lambda v: v * torch.nan, b), b, 1.0).status == "non_finite"
     calls = []
     breaks = FunctionOperator(lambda v: A @ v if calls.append(1) or len(calls) != 4 else v * torch.nan, b)
     assert gltr(breaks, b, 1.0, rtol=1e-12).status == "non_finite"
+
+
+@pytest.mark.parametrize("solve", [gltr, steihaug], ids=["gltr", "steihaug"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@given(
+    n=st.integers(1, 60),
+    digits=st.floats(0, 12),
+    seed=st.integers(0, 2**16),
+    radius=st.floats(-4, 6),
+    indefinite=st.booleans(),
+)
+def test_the_step_is_never_longer_than_the_radius(solve, dtype, n, digits, seed, radius, indefinite):
+    """Also where rounding keeps the residual above the tolerance, or the iteration ends early."""
+    values = torch.logspace(0, -digits, n, dtype=torch.float64)
+    if indefinite:
+        values[n // 2 :] *= -1
+    A, b = zoo._with_spectrum(values, seed).to(dtype), zoo.vector(n, seed + 1).to(dtype)
+    A = (A + A.T) / 2
+    for rtol, max_iter in ((1e-12, None), (1e-3, None), (1e-12, 3)):
+        x = solve(A, b, 10.0**radius, rtol=rtol, max_iter=max_iter).x
+        assert float(x.double().norm()) <= 10.0**radius * (1 + 4 * torch.finfo(dtype).eps)
+
+
+def test_a_vector_that_comes_from_the_seed_of_the_search_does_no_harm():
+    for seed in range(8):
+        b = torch.randn(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        result = gltr(torch.eye(2, dtype=torch.float64), b, 10.0)
+        assert result.status == "converged"
+        torch.testing.assert_close(result.x, b)
 
 
 @given(n=st.integers(1, 30), seed=st.integers(0, 10_000), radius=st.floats(1e-3, 1e3))

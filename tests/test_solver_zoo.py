@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 import zoo
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secondorder import FunctionOperator, MatrixOperator
@@ -134,6 +134,47 @@ class TestMinres:
             expected = scipy.sparse.linalg.minres(A, b, rtol=1e-14, maxiter=k)[0]
             ours = minres(system.A, system.b, rtol=0, max_iter=k).x
             np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize("n", [30, 200])
+    @pytest.mark.parametrize("kind", ["even", "few_small", "half_small", "few_large", "indefinite"])
+    @given(digits=st.floats(2, 6), seed=st.integers(0, 2**16))
+    @settings(max_examples=10)
+    def test_the_residual_in_single_precision_is_as_small_as_rounding_allows(self, n, kind, digits, seed):
+        """Not that of a long plateau, taken for the least, nor that of a recurrence that has drifted."""
+        small = 10.0**-digits
+        values = torch.linspace(0.5, 1, n, dtype=torch.float64)
+        few = small * torch.linspace(1, 2, 5, dtype=torch.float64)
+        if kind == "even":
+            values = torch.linspace(small, 1, n, dtype=torch.float64)
+        elif kind in ("few_small", "indefinite"):
+            values[:5] = few if kind == "few_small" else few * torch.tensor([1, -1, 1, -1, 1])
+        elif kind == "half_small":
+            values[::2] *= small
+        else:
+            values[:-5] = small * torch.linspace(1, 2, n - 5, dtype=torch.float64)
+        A, b = zoo._with_spectrum(values, seed).float(), zoo.vector(n, seed + 1).float()
+        A = (A + A.T) / 2
+        result = minres(A, b, rtol=1e-5)
+        true = float((b.double() - A.double() @ result.x.double()).norm())
+        assert result.status in ("converged", "stagnated")
+        # A backward stable solver leaves eps norm(A) norm(x); norm(A) is one.
+        assert true <= max(1.01e-5, 8 * n**0.5 * torch.finfo(b.dtype).eps * 10**digits) * float(b.norm())
+
+    @given(n=st.integers(3, 40), seed=st.integers(0, 2**16), single=st.booleans(), zeros=st.integers(1, 3))
+    def test_inconsistent_systems_give_the_least_residual(self, n, seed, single, zeros):
+        values = torch.linspace(-1, 1, n + n % 2, dtype=torch.float64)[:n]
+        values[: min(zeros, n - 2)] = 0
+        dtype = torch.float32 if single else torch.float64
+        A, b = zoo._with_spectrum(values, seed).to(dtype), zoo.vector(n, seed + 1).to(dtype)
+        A = (A + A.T) / 2
+        result = minres(A, b, rtol=1e-6, max_iter=50 * n)
+        vectors = torch.linalg.eigh(A.double())[1]
+        along = vectors.T @ b.double()
+        least = float(along[torch.linalg.eigvalsh(A.double()).abs() < 1e-5].norm())
+        assert result.status in ("least_squares", "stagnated")
+        # Less where rounding of A made the eigenvalue a small one.
+        assert 0.9 * least <= result.residual_norm <= (1 + 1e-3) * least
+        assert (result.status == "least_squares") or least < 1e-2 * float(b.norm())
 
     def test_preconditioner_of_the_inverse_takes_one_iteration(self):
         system = zoo.SYSTEMS["definite"]
@@ -314,6 +355,8 @@ def test_small_right_hand_sides_do_not_underflow(name, dtype, size):
 
 def test_overflow_is_not_convergence():
     result = block_cg(torch.eye(3), torch.full((3, 1), 1e20))
+    assert (result.status, result.x[0, 0]) == ("converged", 1e20)
+    result = block_cg(1e-25 * torch.eye(3), torch.full((3, 1), 1e20))
     assert result.status == "non_finite"
 
 

@@ -126,6 +126,16 @@ def check_limits(rtol: float, atol: float, max_iter: int | None) -> None:
         raise TypeError(f"max_iter must be an integer, got {max_iter!r}.")
 
 
+def check_iteration(
+    A: Any, b: Tensor, x0: Tensor | None, M: Any, limits: tuple[float, float, int | None]
+) -> None:
+    """Raise unless an iterative solver can take these; ``limits`` are ``rtol, atol, max_iter``."""
+    check_system(A, b)
+    check_start(x0, b, b.shape[0])
+    check_limits(*limits)
+    check_preconditioner(M, b)
+
+
 def check_damping(damping: float) -> None:
     """Raise unless ``damping`` is a number that is not negative."""
     if not damping >= 0:

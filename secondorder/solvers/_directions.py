@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder.solvers._scale import check_range
+
 
 class CGState(NamedTuple):
     """What a callback sees after an iteration.
@@ -32,7 +34,7 @@ class ConjugateDirections:
     """
 
     def __init__(self, A: Any, b: Tensor, x0: Tensor | None, M: Any, is_bounded: bool = False) -> None:
-        self._A, self._b, self._M = A, b, M
+        self.A, self._b, self._M = A, b, M
         self._is_bounded = is_bounded
         self.iteration = 0
         self.products = 0
@@ -50,7 +52,7 @@ class ConjugateDirections:
 
     def _multiply(self, v: Tensor) -> Tensor:
         self.products += 1
-        product: Tensor = self._A @ v
+        product: Tensor = self.A @ v
         return product
 
     def _aim(self) -> None:
@@ -64,7 +66,12 @@ class ConjugateDirections:
         self._check_preconditioner()
 
     def _check_preconditioner(self) -> None:
-        rz = float(self._rz) if self._M is not None and self.residual_norm > 0 else 1.0
+        if self._M is None or not self.residual_norm > 0:
+            return
+        rz = float(self._rz)
+        if self.iteration == 0 and rz >= 0:
+            size = rz / self.residual_norm / self.residual_norm
+            check_range(self.A, self.products, self._rz.dtype, size)
         if rz <= 0:
             raise ValueError(
                 f"M must be symmetric positive definite, got r^T M r = {rz:.3g}"
@@ -90,6 +97,7 @@ class ConjugateDirections:
         self.is_flat = quotient <= rounding
         self.was_flat = self._flattest <= rounding
         self._quotient = quotient
+        self.sizes = squared_norm, abs(quotient)
         return float(curvature)
 
     def _lengths(self) -> list[Tensor]:
@@ -133,14 +141,19 @@ class ConjugateDirections:
 
         None where the step of ``advance`` ends inside.
         """
-        a, half_b, squared, rz, curvature = self._read
-        alpha = rz / curvature if curvature > 0 else math.inf
-        if squared + alpha * (2 * half_b + alpha * a) < radius * radius:
+        squared_length, product, squared, rz, curvature = self._read
+        if not squared_length > 0:
             return None
-        c = squared - radius * radius
-        root = math.sqrt(max(half_b * half_b - a * c, 0.0))
+        length = math.sqrt(squared_length)
+        # In units of the radius, of which the square may leave the range.
+        half_b, c = product / length / radius, squared / radius / radius - 1
+        step = rz / curvature * length / radius if curvature > 0 else math.inf
+        if c + step * (2 * half_b + step) < 0:
+            return None
+        root = math.sqrt(max(half_b * half_b - c, 0.0))
         # Without cancellation.
-        return -c / (half_b + root) if half_b > 0 else (root - half_b) / a
+        found = -c / (half_b + root) if half_b > 0 else root - half_b
+        return found * radius / length
 
     def move(self, length: float) -> None:
         """Go ``length`` along the direction and choose no next one."""

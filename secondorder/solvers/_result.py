@@ -111,30 +111,3 @@ def by_columns(solve: F) -> F:
         return of_columns(columns, b.new_zeros(n))
 
     return cast(F, solve_any)
-
-
-def smallest_scale(dtype: torch.dtype) -> float:
-    """Numbers below this have squares that underflow."""
-    return float((torch.finfo(dtype).tiny / torch.finfo(dtype).eps) ** 0.5)
-
-
-def rescaled(solve: F) -> F:
-    """Let a solver work on ``b`` of size one where its squares would underflow; below ``by_columns``."""
-
-    @wraps(solve)
-    def solve_any(A: Any, b: Tensor, *radius: float, **options: Any) -> SolveResult:
-        size = float(b.abs().max()) if b.numel() else 0.0
-        if not 0 < size < smallest_scale(b.dtype) or options.get("callback") is not None:
-            result: SolveResult = solve(A, b, *radius, **options)
-            return result
-        for name in ("x0", "atol", "radius"):
-            if options.get(name) is not None:
-                options[name] = options[name] / size
-        result = solve(A, b / size, *(r / size for r in radius), **options)
-        return result._replace(
-            x=size * result.x,
-            residual_norm=size * result.residual_norm,
-            quadratic=size * size * result.quadratic,
-        )
-
-    return cast(F, solve_any)

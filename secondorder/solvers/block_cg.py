@@ -8,13 +8,15 @@ block conjugate gradients, algorithm BCGrQ.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_preconditioner, check_start, check_system
-from secondorder.solvers._result import SolveResult, of_columns, smallest_scale
+from secondorder.solvers._result import SolveResult, of_columns
+from secondorder.solvers._scale import Sizes, exponent_of, shifted, shifted_number
 
 
 def block_cg(
@@ -67,12 +69,16 @@ def block_cg(
         check_start(X0, B, B.shape[0])
     check_limits(rtol, atol, max_iter)
     check_preconditioner(M, B)
-    # Columns whose squares would underflow are solved at size one.
-    sizes = B.detach().abs().amax(0) if B.shape[0] else B.new_ones(B.shape[1])
-    sizes = torch.where((sizes > 0) & (sizes < smallest_scale(B.dtype)), sizes, 1.0)
-    B, X0 = B.detach() / sizes, None if X0 is None else X0 / sizes
+    B = B.detach()
+    # Columns whose squares would leave the range are solved at size one.
+    largest = B.abs().amax(0) if B.shape[0] else B.new_zeros(B.shape[1])
+    exponents = [exponent_of(size, B.dtype) for size in largest.tolist()]
+    atols = [shifted_number(atol, -exponent) for exponent in exponents]
+    if X0 is not None:
+        # The solution of a zero right-hand side is zero.
+        X0 = _divided(torch.where(largest == 0, 0.0, X0.to(B)), exponents)
     limit = 10 * B.shape[0] if max_iter is None else max_iter
-    run = _Block(A, B, X0, M, rtol, atol / sizes)
+    run = _Block(A, _divided(B, exponents), X0, M, rtol, B.new_tensor(atols))
     while True:
         status = run.iterate(limit)
         before = run.verified
@@ -82,7 +88,14 @@ def block_cg(
         helps = bool((is_open & (run.residual_norms < 0.5 * before)).any())
         if status != "converged" or not helps:
             break
-    return run.result("stagnated" if status == "converged" else status, sizes)
+    return run.result("stagnated" if status == "converged" else status, exponents)
+
+
+def _divided(B: Tensor, exponents: Sequence[int]) -> Tensor:
+    """The columns over powers of two."""
+    if not any(exponents):
+        return B
+    return torch.stack([shifted(b, -e) for b, e in zip(B.unbind(1), exponents, strict=True)], dim=1)
 
 
 class _Block:
@@ -164,22 +177,26 @@ class _Block:
         self.verified = self.residual_norms = self._R.norm(dim=0)
         self._quadratics = (self._X * AX).sum(0)
 
-    def result(self, otherwise: str, sizes: Tensor) -> SolveResult:
-        """Each column's result, times its size: converged, or what stopped the iteration."""
+    def result(self, otherwise: str, exponents: Sequence[int]) -> SolveResult:
+        """Each column's result, in the given units: converged, or what stopped the iteration."""
         norms, tolerances = self.residual_norms.tolist(), self.tolerances.tolist()
         columns = [
             SolveResult(
-                size * x,
+                x,
                 "non_finite" if not math.isfinite(norm) else "converged" if norm <= tolerance else otherwise,
                 self.iteration,
-                size * norm,
-                size * size * quadratic,
+                norm,
+                quadratic,
                 products=0,
                 direction=self._direction if otherwise in ("negative_curvature", "singular") else None,
             )
-            for x, norm, tolerance, quadratic, size in zip(
-                self._X.unbind(1), norms, tolerances, self._quadratics.tolist(), sizes.tolist(), strict=True
+            for x, norm, tolerance, quadratic in zip(
+                self._X.unbind(1), norms, tolerances, self._quadratics.tolist(), strict=True
             )
+        ]
+        columns = [
+            Sizes(0, exponent, 0).restored(column, self._A, b)
+            for column, exponent, b in zip(columns, exponents, self._B.unbind(1), strict=True)
         ]
         whole = of_columns(columns, self._B[:, :0].sum(1))
         direction = self._direction if whole.status in ("negative_curvature", "singular") else None

@@ -12,15 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from secondorder.solvers._checks import (
-    check_limits,
-    check_preconditioner,
-    check_radius,
-    check_start,
-    check_system,
-)
+from secondorder.solvers._checks import check_iteration, check_radius
 from secondorder.solvers._directions import CGState, ConjugateDirections
-from secondorder.solvers._result import SolveResult, by_columns, rescaled
+from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._scale import check_range, rescaled
 
 # Martens (2010), section 4.4: look back max(10, i / 10) iterations.
 LOOK_BACK, LOOK_BACK_FRACTION = 10, 0.1
@@ -81,10 +76,7 @@ def cg(
         >>> cg(A, torch.tensor([1.0, 2.0])).x
         tensor([0.0909, 0.6364])
     """
-    check_system(A, b)
-    check_start(x0, b, b.shape[0])
-    check_limits(rtol, atol, max_iter)
-    check_preconditioner(M, b)
+    check_iteration(A, b, x0, M, (rtol, atol, max_iter))
     _check_radius(radius, x0, M)
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)
@@ -122,6 +114,8 @@ def _iterate(
         if run.iteration >= limit:
             return "max_iter"
         curvature = run.curvature()
+        if run.iteration == 0:
+            check_range(run.A, run.products, run.x.dtype, *run.sizes)
         if not math.isfinite(curvature):
             return "non_finite"
         length = None if radius is None else run.to_boundary(radius)

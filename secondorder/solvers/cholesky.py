@@ -6,13 +6,14 @@ Reference: Nocedal and Wright (2006), Numerical optimization, section 3.4, algor
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_damping, check_system, dense
 from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._scale import Scaled, exponent_of, rescaled, shifted, shifted_number
 
 # Nocedal and Wright take 1e-3 for matrices of size one; here it is relative to the Frobenius norm.
 FIRST_SHIFT = 1e-3
@@ -43,11 +44,10 @@ def cholesky(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
         >>> cholesky(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.ones(2)).x
         tensor([0.5000, 0.2500])
     """
-    check_damping(damping)
-    matrix, products = _matrix(A, b)
-    shifted = _shifted(matrix, damping)
-    factor, direction, status = _factor(shifted)
-    return _solve(matrix, b, factor, damping, 0.0, direction, status)._replace(products=products)
+    scaled, matrix, damping, products = _divided(A, b, damping)
+    factor, direction, status = _factor(_shifted(matrix, damping))
+    found = _Found(factor, direction, status, 0.0)
+    return _solve(scaled, b, found=found, shift=damping)._replace(products=products)
 
 
 def modified_cholesky(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
@@ -78,8 +78,7 @@ def modified_cholesky(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult
         >>> result.status, bool(result.shift > 1)
         ('negative_curvature', True)
     """
-    check_damping(damping)
-    matrix, products = _matrix(A, b)
+    scaled, matrix, damping, products = _divided(A, b, damping)
     damped = _shifted(matrix, damping)
     factor, direction, status = _factor(damped)
     shift = 0.0
@@ -91,15 +90,31 @@ def modified_cholesky(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult
             if factor is not None:
                 break
             shift = max(2 * shift, step)
-    return _solve(matrix, b, factor, damping, shift, direction, status)._replace(products=products)
+    found = _Found(factor, direction, status, shift)
+    return _solve(scaled, b, found=found, shift=damping + shift)._replace(products=products)
 
 
-def _matrix(A: Any, b: Tensor) -> tuple[Tensor, int]:
+class _Found(NamedTuple):
+    """A factor of the damped and shifted matrix, or None and why, and the shift besides the damping."""
+
+    factor: Tensor | None
+    direction: Tensor | None
+    status: str
+    shift: float
+
+
+def _divided(A: Any, b: Tensor, damping: float) -> tuple[Scaled, Tensor, float, int]:
+    """The matrix over a power of two, to multiply and as it is, the damping, and the products it took."""
+    check_damping(damping)
     check_system(A, b)
     matrix = dense(A, b)
     if not bool(matrix.isfinite().all()):
         raise ValueError("A must be finite, got a matrix with NaN or infinity.")
-    return matrix, 0 if isinstance(A, Tensor) else b.shape[0]
+    largest = max(float(matrix.abs().max()), damping) if matrix.numel() else 0.0
+    exponent = exponent_of(largest, b.dtype)
+    products = 0 if isinstance(A, Tensor) else b.shape[0]
+    scaled = Scaled(matrix, exponent)
+    return scaled, shifted(matrix, -exponent), shifted_number(damping, -exponent), products
 
 
 def _shifted(matrix: Tensor, shift: float) -> Tensor:
@@ -148,18 +163,12 @@ def _bend(matrix: Tensor, d: Tensor, rounding: float) -> tuple[Tensor, float]:
 
 
 @by_columns
-def _solve(
-    matrix: Tensor,
-    b: Tensor,
-    factor: Tensor | None,
-    damping: float,
-    shift: float,
-    direction: Tensor | None,
-    status: str,
-) -> SolveResult:
+@rescaled
+def _solve(matrix: Scaled, b: Tensor, *, found: _Found, shift: float) -> SolveResult:
+    factor = found.factor
     x = torch.zeros_like(b) if factor is None else torch.cholesky_solve(b[:, None], factor)[:, 0]
     Ax = matrix @ x
-    residual_norm = float((b - Ax - (damping + shift) * x).norm())
-    if not math.isfinite(residual_norm):
-        status = "non_finite"
-    return SolveResult(x, status, 0, residual_norm, float(x.dot(Ax)), 0, direction, shift=shift)
+    residual_norm = float((b - Ax - shift * x).norm())
+    status = found.status if math.isfinite(residual_norm) else "non_finite"
+    quadratic, direction = float(x.dot(Ax)), found.direction
+    return SolveResult(x, status, 0, residual_norm, quadratic, 0, direction, shift=found.shift)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secondorder.solvers._checks import check_damping, check_fit, check_symmetric, check_system, dense
 from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._scale import rescaled
 
 
 class Spectrum(NamedTuple):
@@ -108,17 +109,18 @@ def direct(A: Any, b: Tensor, *, damping: float = 0.0) -> SolveResult:
     """
     check_damping(damping)
     eigen, products = eigen_of(A, b)
-    return _solve(eigen, b, damping)._replace(products=products)
+    return _solve(eigen.matrix, b, eigen=eigen, shift=damping)._replace(products=products)
 
 
 @by_columns
-def _solve(eigen: Spectrum, b: Tensor, damping: float) -> SolveResult:
-    shifted = eigen.values + damping
+@rescaled
+def _solve(matrix: Tensor, b: Tensor, *, eigen: Spectrum, shift: float) -> SolveResult:
+    shifted = eigen.values + shift
     along = eigen.vectors.T @ b
     kept = shifted.abs() > eigen.rounding
     x = eigen.vectors @ torch.where(kept, along / torch.where(kept, shifted, 1.0), 0.0)
-    Ax = eigen.matrix @ x
-    residual_norm = float((b - Ax - damping * x).norm())
+    Ax = matrix @ x
+    residual_norm = float((b - Ax - shift * x).norm())
     dropped = float(along[~kept].norm())
     lowest = float(shifted[0]) if shifted.numel() else 0.0
     status = "converged"

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_radius, check_system
 from secondorder.solvers._probes import gaussian
-from secondorder.solvers._result import SolveResult, by_columns, rescaled
-from secondorder.solvers.trust_region import minimise_diagonal
+from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._scale import check_range, rescaled
+from secondorder.solvers.trust_region import minimise_diagonal, within
 
 # Each iteration keeps a vector.
 DEFAULT_MAX_ITER = 1000
@@ -53,10 +54,9 @@ def gltr(
         max_iter: Number of products allowed; ``min(n, 1000)`` when None.
 
     Returns:
-        ``SolveResult`` with ``status`` "converged" (interior), "boundary" (``norm(x)`` within 10 percent of
-        ``radius``, as in ``trust_region``), "hard_case", "singular", "max_iter" (the best point of the space
-        so far), "stagnated" or "non_finite", and ``shift``. ``direction`` is one of negative curvature
-        where there is one.
+        ``SolveResult`` with ``status`` "converged" (interior), "boundary", "hard_case", "singular",
+        "max_iter" (the best point of the space so far), "stagnated" or "non_finite", and ``shift``.
+        ``norm(x)`` is never above ``radius``. ``direction`` is one of negative curvature where there is one.
 
     Raises:
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype.
@@ -85,7 +85,7 @@ def gltr(
                 break
         if run.is_closed and run.k < limit:
             run.continue_elsewhere()
-    return _result(A, b, run, small, max(rtol * size, atol))
+    return _result(A, b, run, small, radius, max(rtol * size, atol))
 
 
 class _Lanczos:
@@ -101,6 +101,7 @@ class _Lanczos:
         self.is_exhausted = self.was_exhausted = False
         self.is_finite = True
         self._basis = b.new_empty(b.shape[0], 0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
         self._scale = 0.0
         norm = b.norm()
         if bool(norm > 0):
@@ -127,6 +128,8 @@ class _Lanczos:
         for _ in range(2):
             w = w - self.basis @ (self.basis.T @ w)
         values = torch.stack([alpha, w.norm()]).tolist()
+        if self.k == 1:
+            check_range(self._A, self.k, q.dtype, abs(values[0]) + values[1])
         if not all(map(math.isfinite, values)):
             self.k -= 1
             self.is_finite = False
@@ -150,11 +153,17 @@ class _Lanczos:
 
     def continue_elsewhere(self) -> None:
         """Go on from a vector orthogonal to the closed space."""
-        w = gaussian(self._like, 1, torch.Generator("cpu").manual_seed(self.k))[:, 0]
-        for _ in range(3):
-            w = w - self.basis @ (self.basis.T @ w)
+        tiny, length = torch.finfo(self._like.dtype).eps ** 0.5, 0.0
+        # Again where it happens to lie in the space, as one does whose numbers come from the same seed.
+        while not length > tiny:
+            w = gaussian(self._like, 1, self._generator)[:, 0]
             w = w / w.norm()
-        self._next = w
+            w = w - self.basis @ (self.basis.T @ w)
+            length = float(w.norm())
+        for _ in range(2):
+            w = w / w.norm()
+            w = w - self.basis @ (self.basis.T @ w)
+        self._next = w / w.norm()
         self.is_exhausted = True
         self.off_diagonal.append(0.0)
         self.is_closed = False
@@ -199,11 +208,11 @@ class _Small:
         return len(self.lowest_vector) > 0 and self.lowest < -self._rounding
 
 
-def _result(A: Any, b: Tensor, run: _Lanczos, small: _Small, tolerance: float) -> SolveResult:
+def _result(A: Any, b: Tensor, run: _Lanczos, small: _Small, radius: float, tolerance: float) -> SolveResult:
     """The point in the full space, with its true residual."""
     k = len(small.coordinates)
     basis = run.basis[:, :k]
-    x = basis @ small.coordinates.to(b)
+    x = within(basis @ small.coordinates.to(b), radius)
     Ax = A @ x
     residual_norm = float((b - Ax - small.shift * x).norm())
     status = small.status

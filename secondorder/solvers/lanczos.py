@@ -15,6 +15,7 @@ from torch import Tensor
 from secondorder.solvers._checks import check_count, check_limits, check_symmetric, dense, domain
 from secondorder.solvers._probes import NOT_FINITE, check_finite, gaussian, multiply
 from secondorder.solvers._result import STATUS_TEXT
+from secondorder.solvers._scale import OutOfRangeError, Scaled, check_range, exponent_of_operator, shifted
 
 WHICH = ("LM", "LA", "SA", "BE")
 
@@ -110,10 +111,24 @@ def eigsh(
         return _dense(A, like, k, which, rtol)
     limit = 100 * n if max_iter is None else max_iter
     check_count("max_iter", limit, size)
-    run = _Lanczos(A, gaussian(like, 1, generator)[:, 0] if v0 is None else v0, size, generator)
+    start = gaussian(like, 1, generator)[:, 0] if v0 is None else v0
+    try:
+        return _restarted(_Lanczos(A, start, size, generator), k, which, rtol, limit)
+    except OutOfRangeError as error:
+        exponent, spent = exponent_of_operator(A, like), error.products + 1
+    run = _Lanczos(Scaled(A, exponent), start, size, generator)
+    found = _restarted(run, k, which, rtol, limit)
+    return found._replace(
+        values=shifted(found.values, exponent),
+        residual_norms=shifted(found.residual_norms, exponent),
+        products=found.products + spent,
+    )
+
+
+def _restarted(run: _Lanczos, k: int, which: str, rtol: float, limit: int) -> EigenResult:
     ritz, status = _iterate(run, k, which, rtol, limit)
     X = torch.linalg.qr(run.combine(ritz.weights[:, :k]))[0]
-    return _result(X, multiply(A, X), ritz.norm, rtol, status, run.iterations)
+    return _result(X, multiply(run.A, X), ritz.norm, rtol, status, run.iterations)
 
 
 def _iterate(run: _Lanczos, k: int, which: str, rtol: float, limit: int) -> tuple[_Ritz, str]:
@@ -183,7 +198,7 @@ class _Lanczos:
     """
 
     def __init__(self, A: Any, start: Tensor, ncv: int, generator: torch.Generator | None) -> None:
-        self._A, self._generator = A, generator
+        self.A, self._generator = A, generator
         self.ncv, self.size, self.iterations = ncv, 0, 0
         self._coupling = self._largest = 0.0
         length = float(start.norm())
@@ -201,7 +216,7 @@ class _Lanczos:
     def _step(self) -> None:
         j = self.size
         Q = self._rows[: j + 1]
-        w = self._A @ Q[j]
+        w = self.A @ Q[j]
         length = w.norm()
         along = Q @ w
         w = w - along @ Q
@@ -210,6 +225,8 @@ class _Lanczos:
         w = w - again @ Q
         self._T[j, : j + 1] = self._T[: j + 1, j] = along + again
         rest, length = torch.stack([w.norm(), length]).tolist()
+        if self.iterations == 0:
+            check_range(self.A, 1, w.dtype, length)
         if not (math.isfinite(rest) and math.isfinite(length)):
             raise RuntimeError(NOT_FINITE)
         self._largest = max(self._largest, length)

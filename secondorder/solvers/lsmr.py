@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_limits, check_right_hand_side, check_start, check_together
-from secondorder.solvers._result import SolveResult, by_columns, rescaled
+from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._scale import check_range, rescaled
 
 
 @by_columns
@@ -138,6 +139,8 @@ class _Bidiagonalisation:
         residual = target if is_zero else target - self._forward(self.x)
         beta, self._u = _normalised(residual)
         self._alpha, self._v = _normalised(self._backward(self._u))
+        if self.iteration == 0 and beta > 0:
+            check_range(self._A, self.products, self.x.dtype, max(self._alpha, self._shift))
         self._alpha_bar, self._zeta_bar = self._alpha, self._alpha * beta
         self._rho = self._rho_bar = self._c_bar = 1.0
         self._s_bar = self._zeta = 0.0

@@ -13,9 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_limits, check_preconditioner, check_start, check_system
-from secondorder.solvers._result import SolveResult, by_columns, rescaled
+from secondorder.solvers._checks import check_iteration
+from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._scale import check_range, rescaled
 
+# A residual that seems to be the least one must have become this much less after as many iterations again;
+# and this much where the solution is so long that its rounding is more than the residual: where a system is
+# singular but for rounding, a part of the residual is always to be had for a solution without bounds.
+GOES_ON, GOES_ON_AT_ROUNDING = 0.9, 0.1
 # The true residual is computed after so many iterations first, then after twice as many each time.
 FIRST_CHECK = 16
 
@@ -63,23 +68,25 @@ def minres(
         ValueError: shapes do not fit; ``A`` is not symmetric; a tolerance is negative; ``M`` is not positive
             definite.
 
-    Cost: one product with ``A``, one with ``M`` and two host reads an iteration, nine vectors of storage;
-    a product after 16, 32, 64, ... iterations and at the end, and one at the start when ``x0`` is given.
+    Cost: one product with ``A``, one with ``M`` and two host reads an iteration, nine vectors of storage,
+    three of them in double precision; a product after 16, 32, 64, ... iterations and at the end, and one at
+    the start when ``x0`` is given. Where the least residual seems to be reached, as many iterations again.
 
     Example:
         >>> A = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
         >>> minres(A, torch.tensor([1.0, 2.0])).x
         tensor([2., 1.])
     """
-    check_system(A, b)
-    check_start(x0, b, b.shape[0])
-    check_limits(rtol, atol, max_iter)
-    check_preconditioner(M, b)
+    check_iteration(A, b, x0, M, (rtol, atol, max_iter))
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)
-    run = _Recurrence(A, b, x0, M)
+    return _solve(_Recurrence(A, b, x0, M), tolerance, limit, stop_at_negative_curvature)
+
+
+def _solve(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curvature: bool) -> SolveResult:
+    """Iterate, verify, and start again from the best point, until that helps no more."""
     best, last_start = run.first, run.first._replace(norm=math.inf)
-    check_at, goal = FIRST_CHECK, tolerance
+    check_at, goal, doubted = FIRST_CHECK, tolerance, None
     while True:
         status = _iterate(run, goal, min(check_at, limit), stop_at_negative_curvature)
         here = run.measure()
@@ -87,15 +94,28 @@ def minres(
         best = here if not here.norm >= best.norm else best
         if best.norm <= tolerance:
             status = "converged"
+        elif doubted and status != "negative_curvature" and not run.is_better(best, doubted):
+            # Further on the iterates of an inconsistent system grow beyond bounds.
+            best = here = best if run.is_stationary_at(best) else doubted
+            status = "least_squares"
+            break
         elif status == "check" and run.iteration >= limit:
             status = "max_iter"
         if status in ("max_iter", "negative_curvature", "non_finite") or best.norm <= tolerance:
             break
+        doubted, run.is_doubted = None, False
         if status == "least_squares":
-            if run.is_stationary_at(here):
+            if not run.is_stationary_at(here):
+                # In the norm of M there is no less; in the Euclidean one there may be.
+                run.drop_preconditioner()
+            elif run.is_closed():
                 break
-            # In the norm of M there is no less; in the Euclidean one there may be.
-            run.drop_preconditioner()
+            else:
+                # Or the system is ill-conditioned, and there is less further on.
+                doubted, run.is_doubted = best, True
+                check_at = run.iteration + max(run.iteration, FIRST_CHECK)
+                run.advance()
+                continue
         if status == "check" and not has_drifted:
             check_at *= 2
             continue
@@ -122,8 +142,9 @@ class _Verified(NamedTuple):
 
 def _result(run: _Recurrence, best: _Verified, last: _Verified, status: str) -> SolveResult:
     """The best point that was verified; the last one says whether the numbers are still finite."""
-    if status == "stagnated" and run.is_stationary_at(best):
-        status = "least_squares"
+    if status in ("stagnated", "least_squares"):
+        is_least = not run.is_at_rounding(best) and run.is_stationary_at(best)
+        status = "least_squares" if is_least else "stagnated"
     if not math.isfinite(last.norm):
         status = "non_finite"
     return SolveResult(
@@ -147,7 +168,7 @@ def _iterate(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_cu
             run.nonpositive = run.residual_direction
             if stop_at_negative_curvature:
                 return "negative_curvature"
-        if run.is_stationary():
+        if run.is_stationary() and not run.is_doubted:
             return "least_squares"
         run.advance()
 
@@ -162,7 +183,13 @@ class _Recurrence:
     def __init__(self, A: Any, b: Tensor, x0: Tensor | None, M: Any) -> None:
         self._A, self._b, self._M = A, b, M
         self.iteration, self.products = 0, 0
+        # Whether the residual seemed to be the least one, and the iteration goes on to see.
+        self.is_doubted = False
         self.nonpositive: Tensor | None = None
+        # Rounding in the recurrence of w counts with the square of the condition number (Sleijpen, van der
+        # Vorst and Modersitzki 2000, Differences in the effects of rounding errors in Krylov solvers).
+        has_double = b.device.type != "mps"
+        self._wide = torch.float64 if has_double else b.dtype
         x = b.new_zeros(b.shape) if x0 is None else x0.to(b)
         residual = b if x0 is None else b - self._multiply(x)
         norm, quadratic = torch.stack([residual.norm(), x.dot(b - residual)]).tolist()
@@ -185,7 +212,7 @@ class _Recurrence:
 
     def start(self, point: _Verified) -> None:
         """Begin a Krylov space at the residual of a point."""
-        self.x, residual = point.x, point.residual
+        self.x, residual = point.x.to(self._wide), point.residual
         self._r, self._r_old = residual, torch.zeros_like(residual)
         self._y = residual if self._M is None else self._M @ residual
         squared, norm = torch.stack([residual.dot(self._y), residual.norm()]).tolist()
@@ -193,14 +220,17 @@ class _Recurrence:
         self.phi = self.beta
         # From the norm of the residual to the norm in which phi is measured.
         self.scale = self.beta / norm if norm > 0 else 1.0
+        if self.iteration == 0:
+            check_range(self._A, self.products, residual.dtype, self.scale)
+        self._root(squared, is_zero=norm == 0)
         self._cs, self._sn, self._dbar, self._epsilon = -1.0, 0.0, 0.0, 0.0
-        self._w = self._w_old = torch.zeros_like(residual)
+        self._w = self._w_old = torch.zeros_like(self.x)
         # The present residual, times M.
         self.residual_direction = self._y
         self._norm = 0.0
 
-    def _root(self, squared: float) -> float:
-        if squared < 0:
+    def _root(self, squared: float, is_zero: bool = True) -> float:
+        if squared < 0 or (squared == 0 and not is_zero):
             raise ValueError(
                 f"M must be symmetric positive definite, got r^T M r = {squared:.3g}"
                 f" in iteration {self.iteration}."
@@ -218,7 +248,10 @@ class _Recurrence:
         self._y = y if self._M is None else self._M @ y
         numbers = torch.stack([alpha, y.dot(self._y), Av.norm(), self._v.norm()])
         self.alpha, squared, length, own_length = numbers.tolist()
-        self._size = max(self._size, length / own_length if own_length > 0 else 0.0)
+        size = length / own_length if own_length > 0 else 0.0
+        if self.iteration == 0:
+            check_range(self._A, self.products, y.dtype, size)
+        self._size = max(self._size, size)
         self._beta_old, self.beta = self.beta, self._root(squared)
         self._norm = max(self._norm, math.hypot(self.alpha, self.beta))
         self.delta = self._cs * self._dbar + self._sn * self.alpha
@@ -242,6 +275,20 @@ class _Recurrence:
         Ar, limit = self._multiply(point.residual), 10 * math.sqrt(torch.finfo(self._b.dtype).eps)
         return float(Ar.norm()) <= limit * self._size * point.norm
 
+    def is_closed(self) -> bool:
+        """Whether the Krylov space is whole: nothing is further on."""
+        return self.beta <= torch.finfo(self._b.dtype).eps * self._norm
+
+    def is_at_rounding(self, point: _Verified, times: float = 10) -> bool:
+        """Whether the residual is that of a solution which is exact but for so many times its rounding."""
+        rounding = times * torch.finfo(self._b.dtype).eps
+        return point.norm <= rounding * self._size * float(point.x.norm())
+
+    def is_better(self, point: _Verified, other: _Verified) -> bool:
+        """Whether the residual is less to a degree that says that there is no least one yet."""
+        factor = GOES_ON_AT_ROUNDING if self.is_at_rounding(point, 1) else GOES_ON
+        return point.norm < factor * other.norm
+
     def agrees(self, point: _Verified) -> bool:
         """Whether the true residual is the recurrence's, to a tenth."""
         z = point.residual if self._M is None else self._M @ point.residual
@@ -264,7 +311,8 @@ class _Recurrence:
 
     def measure(self) -> _Verified:
         """The present iterate with its true residual: one product."""
-        Ax = self._multiply(self.x)
+        x = self.x.to(self._b)
+        Ax = self._multiply(x)
         residual = self._b - Ax
-        norm, quadratic = torch.stack([residual.norm(), self.x.dot(Ax)]).tolist()
-        return _Verified(self.x, residual, norm, quadratic)
+        norm, quadratic = torch.stack([residual.norm(), x.dot(Ax)]).tolist()
+        return _Verified(x, residual, norm, quadratic)

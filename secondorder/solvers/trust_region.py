@@ -7,6 +7,7 @@ Trust-region methods, chapter 7.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -14,19 +15,22 @@ from torch import Tensor
 
 from secondorder.solvers._checks import check_radius
 from secondorder.solvers._result import SolveResult, by_columns
+from secondorder.solvers._scale import rescaled
 from secondorder.solvers.direct import Spectrum, eigen_of
 
-# A step whose length is within a tenth of the radius is as good as one on it (Conn, Gould and Toint,
-# section 7.3.10); more accuracy buys no outer iteration.
-LENGTH_TOLERANCE = 0.1
+# The root is found to rounding, in float64: it costs a few passes over the eigenvalues.
+LENGTH_TOLERANCE = 1e-12
 MAX_ROOT_ITERATIONS = 100
+# Where the shift lies too close to its floor for that, a length within a tenth is as good (Conn, Gould and
+# Toint, section 7.3.10).
+LEAST_LENGTH = 0.9
 
 
 def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
     """Minimise ``x^T A x / 2 - b^T x`` over ``norm(x) <= radius`` for any symmetric ``A``.
 
     The solution has ``(A + shift I) x = b`` with ``shift >= 0`` and ``A + shift I`` positive semidefinite;
-    where ``shift > 0`` its length is within 10 percent of ``radius``. The hard case, in which ``b`` has
+    where ``shift > 0`` its length is ``radius``, never more. The hard case, in which ``b`` has
     no part in the lowest eigenspace, is completed along that eigenspace.
 
     Args:
@@ -55,19 +59,20 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
     """
     check_radius(radius)
     eigen, products = eigen_of(A, b)
-    return _solve(eigen, b, radius)._replace(products=products)
+    return _solve(eigen.matrix, b, eigen=eigen, radius=radius)._replace(products=products)
 
 
 @by_columns
-def _solve(eigen: Spectrum, b: Tensor, radius: float) -> SolveResult:
+@rescaled
+def _solve(matrix: Tensor, b: Tensor, *, eigen: Spectrum, radius: float) -> SolveResult:
     along = eigen.vectors.T @ b
     # The root is scalar work: on the host, in float64, whatever the device.
     values, target = eigen.values.double().cpu(), along.double().cpu()
     coordinates, shift, status, iterations = minimise_diagonal(
         values, target, radius, eigen.rounding, b.dtype
     )
-    x = eigen.vectors @ coordinates.to(b)
-    Ax = eigen.matrix @ x
+    x = within(eigen.vectors @ coordinates.to(b), radius)
+    Ax = matrix @ x
     residual_norm = float((b - Ax - shift * x).norm())
     lowest_is_negative = values.numel() > 0 and float(values[0]) < -eigen.rounding
     if not math.isfinite(residual_norm):
@@ -84,12 +89,34 @@ def _solve(eigen: Spectrum, b: Tensor, radius: float) -> SolveResult:
     )
 
 
+def within(x: Tensor, radius: float) -> Tensor:
+    """``x``, shortened where rounding made it longer than ``radius``."""
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    if not 0 < largest < math.inf:
+        return x
+    # The square may leave the range.
+    length = largest * float((x / largest).norm())
+    return x if length <= radius else x * (radius / length)
+
+
 def minimise_diagonal(
     values: Tensor, target: Tensor, radius: float, rounding: float, dtype: torch.dtype
 ) -> tuple[Tensor, float, str, int]:
     """Solve the diagonal problem; returns coordinates, shift, status and root iterations."""
     if values.numel() == 0:
         return target, 0.0, "converged", 0
+    # At size one: squares and cubes must not leave the range.
+    size = float(values.abs().max())
+    size = size if 0 < size < math.inf else 1.0
+    scaled = max(radius * size, sys.float_info.min)
+    found = _minimise_scaled(values / size, target, scaled, rounding / size, dtype)
+    return found[0] / size, found[1] * size, *found[2:]
+
+
+def _minimise_scaled(
+    values: Tensor, target: Tensor, radius: float, rounding: float, dtype: torch.dtype
+) -> tuple[Tensor, float, str, int]:
+    """The same for eigenvalues of at most one."""
     lowest = float(values[0])
     if lowest > rounding:
         interior = target / values
@@ -109,10 +136,10 @@ def minimise_diagonal(
             return _complete(rest, part, radius), floor, "hard_case", 0
     shift, iterations = _find_shift(values, target, radius, floor)
     x = target / (values + shift)
-    if not abs(float(x.norm()) - radius) <= LENGTH_TOLERANCE * radius and float(rest.norm()) <= radius:
+    if not float(x.norm()) >= LEAST_LENGTH * radius and float(rest.norm()) <= radius:
         # The shift lies closer to its floor than numbers are spaced there: the hard case, to rounding.
         return _complete(rest, part, radius), floor, "hard_case", iterations
-    return x, shift, "boundary", iterations
+    return within(x, radius), shift, "boundary", iterations
 
 
 def _complete(rest: Tensor, part: Tensor, radius: float) -> Tensor:
@@ -128,7 +155,8 @@ def _complete(rest: Tensor, part: Tensor, radius: float) -> Tensor:
 def _find_shift(values: Tensor, target: Tensor, radius: float, floor: float) -> tuple[float, int]:
     """The shift at which ``norm(target / (values + shift))`` meets ``radius``: safeguarded Newton.
 
-    Newton on ``1 / radius - 1 / norm(x)``, nearly linear in the shift (Moré and Sorensen, section 3).
+    Newton on ``1 / radius - 1 / norm(x)``, nearly linear in the shift (Moré and Sorensen, section 3). Where
+    it does not meet it to rounding, the least shift found with a norm below.
     """
     low, high = floor, floor + float(target.norm()) / radius
     shift = high
@@ -140,6 +168,8 @@ def _find_shift(values: Tensor, target: Tensor, radius: float, floor: float) -> 
         shift += norm / slope * norm * (norm / radius - 1) if slope > 0 else math.inf
         if not low < shift < high:
             shift = math.sqrt(low * high) if low > 0 else 0.5 * (low + high)
+        if not low < shift < high:
+            return high, iterations
         norm = float((target / (values + shift)).norm())
         iterations += 1
-    return shift, iterations
+    return (shift if norm <= (1 + LENGTH_TOLERANCE) * radius else high), iterations
