@@ -17,8 +17,10 @@ from secondorder.solvers._checks import check_iteration
 from secondorder.solvers._result import SolveResult, by_columns
 from secondorder.solvers._scale import check_range, rescaled
 
-# A residual that seems to be the least one must have become this much less after as many iterations again.
-GOES_ON = 0.9
+# A residual that seems to be the least one must have become this much less after as many iterations again;
+# and this much where the solution is so long that its rounding is more than the residual: where a system is
+# singular but for rounding, a part of the residual is always to be had for a solution without bounds.
+GOES_ON, GOES_ON_AT_ROUNDING = 0.9, 0.1
 # The true residual is computed after so many iterations first, then after twice as many each time.
 FIRST_CHECK = 16
 
@@ -84,7 +86,7 @@ def minres(
 def _solve(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curvature: bool) -> SolveResult:
     """Iterate, verify, and start again from the best point, until that helps no more."""
     best, last_start = run.first, run.first._replace(norm=math.inf)
-    check_at, goal, doubted = FIRST_CHECK, tolerance, math.inf
+    check_at, goal, doubted = FIRST_CHECK, tolerance, None
     while True:
         status = _iterate(run, goal, min(check_at, limit), stop_at_negative_curvature)
         here = run.measure()
@@ -92,14 +94,16 @@ def _solve(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curv
         best = here if not here.norm >= best.norm else best
         if best.norm <= tolerance:
             status = "converged"
-        elif doubted < math.inf and status != "negative_curvature" and best.norm >= GOES_ON * doubted:
-            status, here = "least_squares", best
+        elif doubted and status != "negative_curvature" and not run.is_better(best, doubted):
+            # Further on the iterates of an inconsistent system grow beyond bounds.
+            best = here = best if run.is_stationary_at(best) else doubted
+            status = "least_squares"
             break
         elif status == "check" and run.iteration >= limit:
             status = "max_iter"
         if status in ("max_iter", "negative_curvature", "non_finite") or best.norm <= tolerance:
             break
-        doubted, run.is_doubted = math.inf, False
+        doubted, run.is_doubted = None, False
         if status == "least_squares":
             if not run.is_stationary_at(here):
                 # In the norm of M there is no less; in the Euclidean one there may be.
@@ -108,7 +112,7 @@ def _solve(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curv
                 break
             else:
                 # Or the system is ill-conditioned, and there is less further on.
-                doubted, run.is_doubted = best.norm, True
+                doubted, run.is_doubted = best, True
                 check_at = run.iteration + max(run.iteration, FIRST_CHECK)
                 run.advance()
                 continue
@@ -275,10 +279,15 @@ class _Recurrence:
         """Whether the Krylov space is whole: nothing is further on."""
         return self.beta <= torch.finfo(self._b.dtype).eps * self._norm
 
-    def is_at_rounding(self, point: _Verified) -> bool:
-        """Whether the residual is that of a solution which is exact but for rounding."""
-        rounding = 10 * torch.finfo(self._b.dtype).eps
+    def is_at_rounding(self, point: _Verified, times: float = 10) -> bool:
+        """Whether the residual is that of a solution which is exact but for so many times its rounding."""
+        rounding = times * torch.finfo(self._b.dtype).eps
         return point.norm <= rounding * self._size * float(point.x.norm())
+
+    def is_better(self, point: _Verified, other: _Verified) -> bool:
+        """Whether the residual is less to a degree that says that there is no least one yet."""
+        factor = GOES_ON_AT_ROUNDING if self.is_at_rounding(point, 1) else GOES_ON
+        return point.norm < factor * other.norm
 
     def agrees(self, point: _Verified) -> bool:
         """Whether the true residual is the recurrence's, to a tenth."""
