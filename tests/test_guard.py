@@ -137,7 +137,7 @@ def options():
     found = {func.__name__: func for func in functions if inspect.isfunction(func)}
     for name, func in sorted(found.items()):
         names = inspect.signature(func, follow_wrapped=False).parameters
-        if "inplace" in names and name != "_threshold":
+        if "inplace" in names and not name.startswith("_"):
             yield name, func
 
 

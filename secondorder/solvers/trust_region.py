@@ -136,10 +136,11 @@ def _minimise_scaled(
             return _complete(rest, part, radius), floor, "hard_case", 0
     shift, iterations = _find_shift(values, target, radius, floor)
     x = target / (values + shift)
-    if not float(x.norm()) >= LEAST_LENGTH * radius and float(rest.norm()) <= radius:
+    length = float(x.norm())
+    if not length >= LEAST_LENGTH * radius and float(rest.norm()) <= radius:
         # The shift lies closer to its floor than numbers are spaced there: the hard case, to rounding.
         return _complete(rest, part, radius), floor, "hard_case", iterations
-    return within(x, radius), shift, "boundary", iterations
+    return x * min(radius / length, 1.0), shift, "boundary", iterations
 
 
 def _complete(rest: Tensor, part: Tensor, radius: float) -> Tensor:
