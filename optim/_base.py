@@ -25,7 +25,7 @@ from optim._control import ACCEPTANCE
 from optim._curvature import gauss_newton
 from optim._decay import WeightDecay, spread
 from optim._judge import FORWARD_COST, Counter, Judge, Proposal, QuadraticModel, Taken
-from optim._options import OF_GROUPS, check_groups, check_joint, make_plain
+from optim._options import OF_GROUPS, check_flags, check_groups, check_joint, make_plain
 from optim._report import NOT_TRIED, StepReport
 from optim._scaling import scaled, unscaled
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
@@ -54,6 +54,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         # Before torch looks at the parameters, as its own optimizers do.
         self._check_options(defaults)
+        check_flags(defaults)
         make_plain(defaults, list(defaults))
         super().__init__(params, defaults)
         self._watch(model)

@@ -14,12 +14,14 @@ SOLVERS = ("auto", "direct", "cg")
 
 # Options that groups may differ in: of the rest there is one, as there is one model for all parameters.
 OF_GROUPS = ("lr", "weight_decay", "damping_scale")
+FLAGS = ("maximize", "strict")
 
 
 def as_number(value: Any) -> float | int | None:
     """A number, NumPy's or in a tensor of one element too, as Python's; None for all else, also Booleans."""
     if type(value) in (float, int):
-        return value
+        # What no float holds is as good as infinite.
+        return value if type(value) is float or value.bit_length() < 1024 else math.inf
     if hasattr(value, "item") and math.prod(value.shape) == 1:
         value = value.item()
         return value if type(value) in (float, int) else None
@@ -57,6 +59,13 @@ def check_fraction(options: Mapping[str, Any], *names: str) -> None:
             raise ValueError(f"{name} must be between 0 and 1, got {options[name]!r}.")
 
 
+def check_flags(options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the options that switch something are Booleans."""
+    for name in FLAGS:
+        if type(options.get(name, False)) is not bool:
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}.")
+
+
 def check_groups(
     groups: Sequence[dict[str, Any]], names: Iterable[str], check: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -70,6 +79,7 @@ def check_groups(
         missing = [name for name in names if name not in group]
         if missing:
             raise ValueError(f"param_groups[{index}] must have every option, but lacks {', '.join(missing)}.")
+        check_flags(group)
         check(group)
         make_plain(group, names)
         for name in names:

@@ -258,6 +258,43 @@ def _norm(difference: Tensor, p: float) -> Tensor:
     return torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
 
 
+def logcumsumexp(input: Tensor, dim: int, *, out: Tensor | None = None) -> Tensor:
+    if out is not None or not input.is_floating_point():
+        return torch.logcumsumexp(input, dim, out=out)
+    rows = input.movedim(dim, -1) if input.ndim else input.reshape(1)
+    n = rows.shape[-1]
+    later = torch.ones(n, n, dtype=torch.bool, device=input.device).triu(1)
+    sums = rows.unsqueeze(-2).expand(*rows.shape, n).masked_fill(later, -math.inf).logsumexp(-1)
+    return sums.movedim(-1, dim) if input.ndim else sums.reshape(())
+
+
+def torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *others: Any,
+    **options: Any,
+) -> Tensor:
+    # torch.batch_norm has them in another order, and a switch for cuDNN at the end.
+    options.pop("cudnn_enabled", None)
+    return batch_norm(input, running_mean, running_var, weight, bias, *others[:3], **options)
+
+
+def torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *others: Any,
+    **options: Any,
+) -> Tensor:
+    options.pop("cudnn_enabled", None)
+    return instance_norm(input, running_mean, running_var, weight, bias, *others[:3], **options)
+
+
 def cholesky_inverse(L: Tensor, upper: bool = False, *, out: Tensor | None = None) -> Tensor:
     if out is not None:
         return torch.cholesky_inverse(L, upper, out=out)

@@ -84,35 +84,49 @@ class ReductionCheck:
 
 
 def _can_be_cut(samples: Samples, n: int) -> bool:
-    """Whether there are tensors, all with ``n`` samples in their first dimension, and else constants."""
-    leaves = pytree.tree_leaves(samples, is_leaf=lambda value: _is_list_of(value, n))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    """Whether there are tensors with ``n`` rows, lists of ``n``, and constants: numbers and counts."""
+    leaves = pytree.tree_leaves(samples, is_leaf=_is_list)
+    tensors = [
+        leaf for leaf in leaves if isinstance(leaf, Tensor) and (leaf.ndim or leaf.is_floating_point())
+    ]
     others = [leaf for leaf in leaves if not isinstance(leaf, Tensor | int | float | str | None)]
-    return bool(tensors) and not others and all(t.ndim and len(t) == n for t in tensors)
+    are_lists = all(_is_list(other) and len(other) == n for other in others)
+    return bool(tensors) and are_lists and all(t.ndim and len(t) == n for t in tensors)
 
 
-def _is_list_of(value: Any, n: int) -> bool:
-    """Whether this may be something for each sample that is no tensor."""
-    is_list = isinstance(value, list | tuple) and len(value) == n
-    return is_list and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+def _is_list(value: Any) -> bool:
+    """Whether this is a list that holds no tensor, such as the names of the samples."""
+    return isinstance(value, list) and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _has_samples(leaf: Any) -> bool:
+    return leaf.ndim > 0 if isinstance(leaf, Tensor) else _is_list(leaf)
 
 
 def _cut(samples: Samples, start: int, end: int) -> Samples:
-    cut: Samples = pytree.tree_map_only(Tensor, lambda tensor: tensor[start:end], samples)
-    return cut
+    def cut(leaf: Any) -> Any:
+        return leaf[start:end] if _has_samples(leaf) else leaf
+
+    found: Samples = pytree.tree_map(cut, samples, is_leaf=_is_list)
+    return found
 
 
 def _joined(first: Samples, second: Samples) -> Samples | None:
     """One batch of both; None where they do not fit, as sequences of different lengths."""
-    (ours, spec), (theirs, other) = pytree.tree_flatten(first), pytree.tree_flatten(second)
+    (ours, spec), (theirs, other) = (pytree.tree_flatten(x, is_leaf=_is_list) for x in (first, second))
     if spec != other:
         return None
-    leaves = []
+    leaves: list[Any] = []
     for a, b in zip(ours, theirs, strict=True):
-        is_tensor = isinstance(a, Tensor) and isinstance(b, Tensor)
-        if not (a.shape[1:] == b.shape[1:] if is_tensor else a == b):
+        if not (_has_samples(a) and _has_samples(b)):
+            # What is no sample is that of the second: how many there are, for one.
+            leaves.append(b)
+        elif isinstance(a, list) and isinstance(b, list):
+            leaves.append(a + b)
+        elif isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape[1:] == b.shape[1:]:
+            leaves.append(torch.cat([a, b]))
+        else:
             return None
-        leaves.append(torch.cat([a, b]) if is_tensor else a)
     joined: Samples = pytree.tree_unflatten(leaves, spec)
     return joined
 

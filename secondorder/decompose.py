@@ -59,8 +59,8 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
     Replaced are: scaled-dot-product attention (the math kernel is forced; so are ``MultiheadAttention`` and
     ``TransformerEncoderLayer``), weight_norm (both APIs), batch, layer, group and instance norm,
     embedding_bag, mse_loss, huber_loss, soft_margin_loss, cdist, pdist, hardsigmoid, multi_margin_loss,
-    cholesky_inverse, and sparse_coo_tensor of values that are differentiated (by a strided tensor). cuDNN
-    is off. Values agree with torch's to rounding.
+    cholesky_inverse, logcumsumexp, and sparse_coo_tensor of values that are differentiated (by a strided
+    tensor). cuDNN is off. Values agree with torch's to rounding.
 
     Cost: some more kernels and intermediate tensors for the operations above; a microsecond for others.
 
@@ -110,6 +110,8 @@ WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.pdist: _compositions.pdist,
     torch.cholesky_inverse: _compositions.cholesky_inverse,
     Tensor.cholesky_inverse: _compositions.cholesky_inverse,
+    torch.logcumsumexp: _compositions.logcumsumexp,
+    Tensor.logcumsumexp: _compositions.logcumsumexp,
     # Their cuDNN kernels have none.
     **{func: _compositions.without_cudnn(func) for func in CUDNN},
 }
@@ -119,8 +121,11 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _compositions.layer_norm,
     torch.layer_norm: _compositions.layer_norm,
     F.group_norm: _compositions.group_norm,
+    torch.group_norm: _compositions.group_norm,
     F.instance_norm: _compositions.instance_norm,
+    torch.instance_norm: _compositions.torch_instance_norm,
     F.batch_norm: _compositions.batch_norm,
+    torch.batch_norm: _compositions.torch_batch_norm,
     F.mse_loss: _compositions.mse_loss,
     F.huber_loss: _compositions.huber_loss,
     F.soft_margin_loss: _compositions.soft_margin_loss,
@@ -140,22 +145,23 @@ class forward_mode(TorchFunctionMode):  # noqa: N801 - used as a function, like 
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _SCATTERS and "prod" in (*args, *kwargs.values()):
+        # Also of torch.ops, with the overload behind a dot.
+        name = getattr(func, "__name__", "").split(".")[0]
+        options = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, str)]
+        if name in _SCATTERS and "prod" in options:
             raise _wrong_forward("scatter_reduce with reduce='prod'")
-        result = _IN_FORWARD_MODE.get(func, func)(*args, **kwargs)
-        if self._order == 2 and func in _DETERMINANTS and _is_special(*args, **kwargs, determinant=result):
+        result = _IN_FORWARD_MODE.get(name, func)(*args, **kwargs)
+        if self._order == 2 and name in _DETERMINANTS and _is_special(*args, **kwargs, determinant=result):
             raise _wrong_forward("det of a singular matrix")
         return result
 
 
-_IN_FORWARD_MODE: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.cholesky_inverse: _compositions.cholesky_inverse,
-    Tensor.cholesky_inverse: _compositions.cholesky_inverse,
-    F.group_norm: _compositions.group_norm,
-    torch.group_norm: _compositions.group_norm,
+_IN_FORWARD_MODE: dict[str, Callable[..., Any]] = {
+    "cholesky_inverse": _compositions.cholesky_inverse,
+    "group_norm": _compositions.group_norm,
 }
-_SCATTERS = {torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_}
-_DETERMINANTS = {torch.det, torch.linalg.det, Tensor.det}
+_SCATTERS = {"scatter_reduce", "scatter_reduce_"}
+_DETERMINANTS = {"det", "linalg_det"}
 
 
 def _wrong_forward(what: str) -> WrongDerivativeError:

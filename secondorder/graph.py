@@ -160,17 +160,25 @@ class WrongDerivativeError(RuntimeError):
 
 
 # Nodes whose derivatives are wrong in silence (torch 2.13, against finite differences), and of what. In
-# ``u -> J^T u``, of which ``J v`` is the derivative:
-_WRONG_LINEAR = {"SparseCooTensorWithDimsAndTensorsBackward0": "sparse_coo_tensor"}
-# In a gradient:
-_WRONG = {**_WRONG_LINEAR, "WeightNormInterfaceBackward0": "weight_norm"}
-# In a product with a Hessian or a Jacobian, as ``create_graph`` asks for:
-_WRONG_THIRD = {
-    "NativeLayerNormBackward0": "layer_norm",
-    "NativeBatchNormBackward0": "batch_norm",
-    "CudnnBatchNormBackward0": "batch_norm",
-    "MiopenBatchNormBackward0": "batch_norm",
+# ``u -> J^T u``, of which ``J v`` is the derivative (that of logcumsumexp is NaN where ``u`` has zeros):
+_WRONG_LINEAR = {
+    "SparseCooTensorWithDimsAndTensorsBackward0": "sparse_coo_tensor",
+    "LogcumsumexpBackward0": "logcumsumexp",
 }
+_NORMS = {
+    "NativeLayerNorm": "layer_norm",
+    "NativeBatchNorm": "batch_norm",
+    "CudnnBatchNorm": "batch_norm",
+    "MiopenBatchNorm": "batch_norm",
+}
+# In a gradient, of a function that may hold gradients itself:
+_WRONG = {
+    "SparseCooTensorWithDimsAndTensorsBackward0": "sparse_coo_tensor",
+    "WeightNormInterfaceBackward0": "weight_norm",
+    **{f"{node}BackwardBackward0": f"a gradient through {name}" for node, name in _NORMS.items()},
+}
+# In a product with a Hessian or a Jacobian, as ``create_graph`` asks for:
+_WRONG_THIRD = {**_WRONG_LINEAR, **{f"{node}Backward0": name for node, name in _NORMS.items()}}
 
 
 def refuse_wrong(

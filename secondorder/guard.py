@@ -70,14 +70,16 @@ class WriteGuard:
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """``func(*args, **kwargs)``, with what it writes kept."""
         writes = writes_of(func)
-        for tensor in writes.targets(args, kwargs):
+        for tensor in map(_unwrapped, writes.targets(args, kwargs)):
             if _storage(tensor) not in self._made and id(tensor) not in self._copies:
                 self._copies[id(tensor)] = _Copy.of(tensor)
         result = func(*args, **kwargs)
         # Views of what was there before are not made here, nor is a ``.grad``.
         if writes.makes:
-            old = {_storage(tensor) for tensor in _tensors((*args, *kwargs.values()) if kwargs else args)}
-            self._made.update(_storage(t) for t in _tensors((result,)) if _storage(t) not in old)
+            given = _tensors((*args, *kwargs.values()) if kwargs else args)
+            old = {_storage(_unwrapped(tensor)) for tensor in given}
+            made = (_storage(_unwrapped(tensor)) for tensor in _tensors((result,)))
+            self._made.update(storage for storage in made if storage not in old)
         return result
 
 
@@ -253,6 +255,13 @@ def _storage(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided or is_transformed(tensor):
         return id(tensor)
     return tensor.untyped_storage()._cdata
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that holds the numbers of one inside a transform of ``torch.func``."""
+    while is_transformed(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_transformed(value: Any) -> bool:

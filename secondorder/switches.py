@@ -20,7 +20,9 @@ PutBack = Callable[[], Any]
 
 _lock = threading.RLock()
 # Forward mode has one level for the process: entered by a second thread, torch calls it nested.
-forward_mode = threading.RLock()
+_forward_mode = threading.RLock()
+# Seconds after which a thread that waits for forward mode is told of: it may wait for what waits for it.
+PATIENCE = 60.0
 
 
 class Switch:
@@ -110,7 +112,25 @@ NO_COMPILED_CODE = Switch(_force_eager)
 
 
 @contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Forward mode is one thread's; the others wait.
+
+    Raises:
+        RuntimeError: for longer than a minute.
+    """
+    if not _forward_mode.acquire(timeout=PATIENCE):
+        raise RuntimeError(
+            f"forward mode is one thread's at a time, and another had it for {PATIENCE:.0f} seconds; a"
+            " function in forward mode must not wait for a thread that uses it too: use reverse mode in one."
+        )
+    try:
+        yield
+    finally:
+        _forward_mode.release()
+
+
+@contextlib.contextmanager
 def dual_level() -> Iterator[None]:
     """Level of dual numbers; other threads wait. Nested in one thread, torch refuses it."""
-    with forward_mode, forward_ad.dual_level():
+    with forward_mode(), forward_ad.dual_level():
         yield

@@ -79,6 +79,15 @@ OPERATIONS = {
     "cdist": (lambda x: torch.cdist(x, x.sin() + 1), make(3, 2)),
     "cdist_3": (lambda x: torch.cdist(x, x.sin() + 1, p=3), make(3, 2)),
     "pdist": (F.pdist, make(4, 2)),
+    "logcumsumexp": (lambda x: x.logcumsumexp(1), make(2, 4)),
+    "torch_batch_norm": (
+        lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+        make(5, 3),
+    ),
+    "torch_instance_norm": (
+        lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+        make(2, 3, 4),
+    ),
     "cholesky_inverse": (
         lambda x: torch.cholesky_inverse(torch.linalg.cholesky(x @ x.T + 3 * torch.eye(3).double())),
         make(3, 3),

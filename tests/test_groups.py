@@ -115,3 +115,24 @@ def test_a_copy_is_checked_too(make):
     again.param_groups[0]["lr"] = float("nan")
     with pytest.raises(ValueError, match="lr must be a non-negative number, got nan"):
         again.step(closure)
+
+
+@pytest.mark.parametrize("value", ["no", -1, 0.1, float("nan"), None])
+@pytest.mark.parametrize("name", ["maximize", "strict"])
+def test_switches_are_booleans(name, value):
+    """By its truth value "no" would maximise."""
+    p = torch.ones(1, requires_grad=True)
+    optimizer = optim.GaussNewton([p])
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} must be True or False"):
+        optimizer.step(lambda: p.square().sum())
+    with pytest.raises(ValueError, match=f"{name} must be True or False"):
+        optim.GaussNewton([p], **{name: value})
+
+
+def test_a_number_that_no_float_holds():
+    p = torch.ones(1, requires_grad=True)
+    optimizer = optim.GaussNewton([p])
+    optimizer.param_groups[0]["damping"] = 10**400
+    with pytest.raises(ValueError, match="damping must be a positive number"):
+        optimizer.step(lambda: p.square().sum())

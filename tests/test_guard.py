@@ -341,3 +341,14 @@ def test_a_step_that_fails_leaves_a_renormed_embedding_alone(method):
         method(model.parameters()).step(closure)
     for parameter, numbers in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, numbers)
+
+
+def test_writes_inside_a_transform():
+    """To what was made inside, and to what was there before."""
+    buffer, x = torch.ones(3), torch.randn(4, 3)
+    with undo_writes():
+        inside = torch.vmap(lambda row: torch.nn.functional.relu(row, inplace=True))(x * 1)
+        torch.vmap(lambda row: row.mul_(2))(buffer.expand(1, 3))
+        assert torch.equal(buffer, torch.full((3,), 2.0))
+    assert torch.equal(inside, x.relu())
+    assert torch.equal(buffer, torch.ones(3))

@@ -408,3 +408,15 @@ def test_no_warning_points_at_our_lines(watched, recwarn):
     assert optimizer.report.accepted
     ours = str(Path(optim.__file__).parent.parent)
     assert not [w for w in recwarn if w.filename.startswith((ours + "/optim", ours + "/secondorder"))]
+
+
+def test_higher_order_operators_are_named(make):
+    p = torch.ones(2, requires_grad=True)
+    optimizer = make([p])
+
+    def closure():
+        return torch.cond(p.sum() > 0, lambda q: q.sin().sum(), lambda q: q.cos().sum(), (p,))
+
+    with pytest.raises(RuntimeError, match=r"torch\.cond and torch's other higher-order operators"):
+        optimizer.step(closure)
+    assert torch.equal(p.detach(), torch.ones(2))

@@ -609,3 +609,17 @@ def test_a_loss_that_the_model_computes_is_looked_at_too():
                     whole.value()
             else:
                 torch.testing.assert_close(whole.value(), case.value().detach(), **SAME)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 15])
+def test_what_comes_beside_tensors_hides_no_weights(batch_size):
+    """Names of the samples, and how many there are."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 3).double(), torch.randn(30, 3).double(), torch.arange(30) % 3
+    cuts = [slice(start, start + batch_size) for start in range(0, 30, batch_size)]
+    weight = torch.tensor([0.2, 1.0, 5.0]).double()
+    data = [(x[c], {"y": y[c], "n": torch.tensor(batch_size), "name": ["a"] * batch_size}) for c in cuts]
+    plain = Objective(model, lambda z, t: F.cross_entropy(z, t["y"]), data)
+    torch.testing.assert_close(plain.value(), F.cross_entropy(model(x), y).detach())
+    with pytest.raises(ValueError, match="loss must be the mean over the samples"):
+        Objective(model, lambda z, t: F.cross_entropy(z, t["y"], weight=weight), data).value()

@@ -89,6 +89,96 @@ def test_whoever_asks_for_a_graph_gets_right_derivatives(name, route):
     assert float((got - expected).norm()) <= 1e-5 * max(float(expected.norm()), 1e-3)
 
 
+def gradient_inside(layer):
+    """A function that holds a gradient through ``layer``, whose third derivatives it needs."""
+
+    def func(x):
+        x = x if x.requires_grad else x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            (layer(x) * make(*x.shape, seed=4)).sin().sum(), x, create_graph=True
+        )
+        return gradient.square().sum()
+
+    return func
+
+
+@pytest.mark.parametrize(
+    "route",
+    ["hvp", "vhp", "hvps", "hessian", "hessian vectorize", "linearize_grad", "Hessian", "Hessian fresh"],
+)
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm", "torch.batch_norm"])
+def test_a_gradient_inside_the_function(norm, route):
+    layers = {
+        "layer_norm": lambda x: F.layer_norm(x, (3,)),
+        "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+        "torch.batch_norm": lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+    }
+    func, x = gradient_inside(layers[norm]), make(4, 3)
+    expected = routes.difference(lambda x: reference.vjp(func, x)[1].reshape(-1), x)
+    torch.testing.assert_close(routes.HESSIANS[route](func, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_inside_a_loss_that_is_given_is_refused_by_name():
+    x = make(4, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="second derivative of a gradient through layer_norm is wrong"):
+        Hessian(gradient_inside(lambda x: F.layer_norm(x, (3,)))(x), [x])
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "det", "solve", "logcumsumexp_0", "slogdet", "softmax_0"])
+def test_a_graph_through_forward_mode_is_one_of_reverse_mode(name):
+    """Torch gets derivatives through forward mode wrong."""
+    operation, (x, *_) = survey.OPERATIONS[name]
+    # Of size one: differences of the sine of a large number say nothing.
+    x = x / x.abs().max()
+    scalar, outputs = survey.objective(operation), routes.flat(operation)
+    v = make(*x.shape, seed=6)
+    numbers = [
+        lambda x, c: functional.jvp(outputs, x, v, c, strategy="forward-mode")[1].sin().sum(),
+        lambda x, c: functional.hvp(scalar, x, v, c, strategy="forward-over-reverse")[1].sin().sum(),
+    ]
+    for number in numbers:
+        point = x.clone().requires_grad_()
+        (got,) = torch.autograd.grad(number(point, True), point)
+        expected = oracles.central_gradient(lambda x: number(x, False).detach(), x)  # noqa: B023
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("zeros", ["mask", "dropout"])
+def test_zeros_that_reach_a_backward_undefined_there(zeros):
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0]).double()
+
+    def func(x):
+        y = x.logcumsumexp(0)
+        torch.manual_seed(0)
+        return y * mask if zeros == "mask" else F.dropout(y)
+
+    x, v = make(4), make(4, seed=1)
+    expected = reference.jacobian(func, x)
+    for route, matrix in routes.JACOBIANS.items():
+        torch.testing.assert_close(matrix(func, x), expected, msg=route)
+    middle = reference.hessian(loss, func(x))
+    torch.testing.assert_close(ggnvp(func, loss, x, v)[1], expected.T @ middle @ expected @ v)
+    torch.testing.assert_close(GaussNewton.of(func, loss, x) @ v, expected.T @ middle @ expected @ v)
+
+
+def test_operators_called_directly_are_wrong_in_forward_mode_too():
+    index, x = torch.tensor([0, 0, 1]), make(3)
+
+    def scattered(x):
+        return torch.ops.aten.scatter_reduce(torch.zeros(2).double(), 0, index, x, "prod", include_self=False)
+
+    def inverse(x):
+        return torch.ops.aten.cholesky_inverse(torch.tril(x.view(2, 2)) + 2 * torch.eye(2))
+
+    with pytest.raises(RuntimeError, match="scatter_reduce with reduce='prod' is wrong"):
+        functional.jvp(scattered, x, x, strategy="forward-mode")
+    options = dict(vectorize=True, strategy="forward-mode")
+    torch.testing.assert_close(functional.jacobian(scattered, x, **options), reference.jacobian(scattered, x))
+    torch.testing.assert_close(
+        functional.jacobian(inverse, make(4), **options), reference.jacobian(inverse, make(4))
+    )
+
+
 # --- higher-order operators --------------------------------------------------------------------------------
 
 

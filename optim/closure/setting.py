@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,7 +25,23 @@ def evaluating() -> Iterator[None]:
         stack.enter_context(switches.held(*switches.MATH_ATTENTION, switches.NO_COMPILED_CODE))
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
+        with _naming_higher_order_operators():
+            yield
+
+
+@contextlib.contextmanager
+def _naming_higher_order_operators() -> Iterator[None]:
+    """Say what it is that cannot run here: torch traces their branches by what refuses a function mode."""
+    try:
         yield
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any("torch._higher_order_ops" in frame.f_globals.get("__name__", "") for frame, _ in frames):
+            raise
+        raise RuntimeError(
+            "torch.cond and torch's other higher-order operators cannot run in a step, and have no right"
+            " second derivative; write a branch or a loop in Python."
+        ) from error
 
 
 @contextlib.contextmanager

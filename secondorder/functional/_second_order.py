@@ -26,7 +26,7 @@ def over_reverse(
     point = differentiate(func, inputs, v, create_graph, strict, has_aux, "hvp")
     kinds = graph.Kinds.of((point.value, *point.gradient), point.inputs)
     is_symmetric = kinds.is_symmetric and point.is_plain and not strict
-    if strategy == "auto" or (is_symmetric and kinds.is_undefined_at_zero):
+    if strategy in ("auto", "forward-over-reverse") or (is_symmetric and kinds.is_undefined_at_zero):
         strategy = "reverse-over-reverse" if is_symmetric and not kinds.divide else "double-backward"
         if is_symmetric and kinds.may_be_nan:
             return point, _retried(point, create_graph)
@@ -114,14 +114,12 @@ def _is_real_and_dense(tensors: Iterable[Tensor]) -> bool:
     return not any(tensor.is_complex() or tensor.layout is not torch.strided for tensor in tensors)
 
 
-def forward_over_reverse(
-    func: Function, inputs: Any, v: Any, create_graph: bool, has_aux: bool
-) -> tuple[Point, Tensors]:
+def forward_over_reverse(func: Function, inputs: Any, v: Any, has_aux: bool) -> tuple[Point, Tensors]:
     """The gradient on dual numbers; its tangent is ``H v``."""
     with torch.enable_grad(), switches.dual_level():
         is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "hvp")
-        inputs = _arguments.fresh_inputs(inputs, create_graph)
-        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "hvp")
+        inputs = _arguments.fresh_inputs(inputs, False)
+        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, False, "hvp")
         points = duals(inputs, vector)
         with forward_mode(order=2):
             value, aux = _arguments.call_scalar(func, points, "hvp", False, has_aux)

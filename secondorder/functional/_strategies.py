@@ -139,7 +139,7 @@ def forward_mode(
     # Not vmap's chunk_size: with a result that is not batched torch 2.13 fails.
     for start in range(0, max(total, 1), max(step, 1)):
         basis = _standard_basis(inputs, range(start, min(start + step, total)))
-        with switches.forward_mode:
+        with switches.forward_mode():
             part, tensors = torch.vmap(column, out_dims=out_dims)(*basis)
         chunks.append(part)
     columns = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chunks, strict=True)]

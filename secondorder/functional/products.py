@@ -120,7 +120,7 @@ def jvp(
         create_graph: Results carry a graph and can be differentiated further.
         strict: Raise where an output does not depend on an input, instead of returning zeros.
         strategy: "double-backward", or "forward-mode", which costs less and fails on operations
-            without a forward derivative.
+            without a forward derivative; with ``create_graph`` it is "double-backward".
         has_aux: ``func`` returns ``(outputs, aux)``; ``aux`` is passed on as the last result.
 
     Returns:
@@ -139,11 +139,12 @@ def jvp(
         >>> jvp(lambda x: x**2, x, torch.tensor([1.0, 10.0]))
         (tensor([1., 4.]), tensor([ 2., 40.]))
     """
-    forward = _choose(strategy, JVP_STRATEGIES, strict) == "forward-mode"
+    # Derivatives through forward mode are wrong in torch: through norms, solve, det.
+    forward = _choose(strategy, JVP_STRATEGIES, strict) == "forward-mode" and not create_graph
 
     def compute() -> tuple[Any, ...]:
         if forward:
-            found, product = _push(func, inputs, v, create_graph, has_aux)
+            found, product = _push(func, inputs, v, has_aux)
         else:
             found, product = _double_backward(func, inputs, v, create_graph, strict, has_aux)
         results = (
@@ -232,9 +233,9 @@ def hvp(
             returning zeros.
         strategy: "auto"; "reverse-over-reverse", the product of ``vhp``; "double-backward", what
             ``torch.autograd.functional.hvp`` does; "forward-over-reverse", which fails on operations
-            without a forward derivative; "finite-differences" of gradients, for functions without a second
-            derivative: two thirds of the digits where ``func`` varies on the scale of ``norm(inputs)`` or
-            one, the larger; real inputs only, no ``create_graph``.
+            without a forward derivative, and with ``create_graph`` is "auto"; "finite-differences" of
+            gradients, for functions without a second derivative: two thirds of the digits where ``func``
+            varies on the scale of ``norm(inputs)`` or one, the larger; real inputs only, no ``create_graph``.
         return_grad: Return the gradient as well, which is computed anyway.
         has_aux: ``func`` returns ``(value, aux)``; ``aux`` is passed on as the last result.
 
@@ -260,8 +261,9 @@ def hvp(
     _choose(strategy, HVP_STRATEGIES, strict)
 
     def compute() -> tuple[Any, ...]:
-        if strategy == "forward-over-reverse":
-            point, product = _second_order.forward_over_reverse(func, inputs, v, create_graph, has_aux)
+        # Derivatives through forward mode are wrong in torch: through norms, solve, det.
+        if strategy == "forward-over-reverse" and not create_graph:
+            point, product = _second_order.forward_over_reverse(func, inputs, v, has_aux)
         elif strategy == "finite-differences":
             point, product = _second_order.finite_differences(func, inputs, v, create_graph, has_aux)
         else:
@@ -320,14 +322,12 @@ def _double_backward(
         return found, _arguments.fill_zeros(columns, found.tensors, strict, create_graph, "back_trick")
 
 
-def _push(
-    func: Function, inputs: Any, v: Any, create_graph: bool, has_aux: bool
-) -> tuple[_arguments.Outputs, Tensors]:
+def _push(func: Function, inputs: Any, v: Any, has_aux: bool) -> tuple[_arguments.Outputs, Tensors]:
     """Outputs and ``J v`` by forward mode."""
     with torch.enable_grad(), switches.dual_level():
         is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jvp")
-        inputs = _arguments.fresh_inputs(inputs, create_graph)
-        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
+        inputs = _arguments.fresh_inputs(inputs, False)
+        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, False, "jvp")
         with forward_mode(order=1):
             found = _arguments.call(func, _second_order.duals(inputs, vector), "jvp", False, has_aux)
         parts = [forward_ad.unpack_dual(output) for output in found.tensors]
