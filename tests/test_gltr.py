@@ -24,7 +24,9 @@ def test_gltr_is_as_good_as_the_exact_solution(system, radius):
     size = abs(best) + float(system.A.norm()) * 1e-12
     # In one the space of b is solved to the tolerance before it is exhausted, as the docstring says.
     is_missed = system is zoo.SYSTEMS["hard_case"] and radius == 1e4
-    assert model(system.A, system.b, result.x) <= best + (0.25 if is_missed else 1e-6) * size
+    # What the model itself is rounded by, where it is evaluated here.
+    noise = torch.finfo(system.A.dtype).eps * float(system.A.norm() * result.x.norm() ** 2)
+    assert model(system.A, system.b, result.x) <= best + (0.25 if is_missed else 1e-6) * size + noise
     assert float(result.x.norm()) <= radius * (1 + 1e-15)
     rounding = 1e-12 * float(system.A.norm())
     assert (result.shift > rounding) == (exact.shift > rounding)
