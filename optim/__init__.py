@@ -1,10 +1,10 @@
 """Second-order optimizers for PyTorch: swap in where ``torch.optim.LBFGS`` or ``Adam`` stood."""
 
-from optim._report import StepReport
-from optim.gauss_newton import GaussNewton
-from optim.hessian_free import HessianFree
-from optim.minimize import MinimizeResult, minimize
-from optim.newton import Newton
+from optim.functions.minimize import MinimizeResult, minimize
+from optim.optimizers.gauss_newton import GaussNewton
+from optim.optimizers.hessian_free import HessianFree
+from optim.optimizers.newton import Newton
+from optim.optimizers.report import StepReport
 
 __all__ = [
     # optimizers

@@ -1,14 +1,14 @@
 """Second-order products, operators, solvers and influence functions for PyTorch."""
 
-from secondorder.curvature import Block, GaussNewton, Hessian
-from secondorder.fisher import EmpiricalFisher, Fisher
+from secondorder.data.objective import Objective
 from secondorder.functional import hessian, hvp, jacobian, jvp, vhp, vjp
-from secondorder.influence import InfluenceResult, influence
-from secondorder.matrix_operators import FunctionOperator, MatrixOperator
-from secondorder.objective import Objective
-from secondorder.operators import LinearOperator
-from secondorder.parameter_operators import Jacobian
-from secondorder.products import fvp, ggnvp
+from secondorder.functional.gauss_newton import fvp, ggnvp
+from secondorder.influence.scores import InfluenceResult, influence
+from secondorder.operators.curvature import Block, GaussNewton, Hessian
+from secondorder.operators.fisher import EmpiricalFisher, Fisher
+from secondorder.operators.linear import LinearOperator
+from secondorder.operators.matrix import FunctionOperator, MatrixOperator
+from secondorder.operators.parameters import Jacobian
 from secondorder.solvers import (
     DiagonalPreconditioner,
     DiagonalResult,

@@ -19,10 +19,10 @@ from optim.closure.losses import CHANGED, MAX_ROUNDS, Coverage, RecordedLoss, re
 from optim.closure.semidefinite import OutputHessian, is_semidefinite
 from optim.closure.terms import Edge, Terms, edge_of, kind, shape, size
 from secondorder import Block
-from secondorder._backward import pull
-from secondorder.curvature import GradientBlock
-from secondorder.graph import Place, WrongDerivativeError, refuse_wrong
-from secondorder.ladder import MissingDerivativeError
+from secondorder.autodiff.backward import pull
+from secondorder.autodiff.graph import Place, WrongDerivativeError, refuse_wrong
+from secondorder.autodiff.ladder import MissingDerivativeError
+from secondorder.operators.curvature import GradientBlock
 
 # Nodes that are convex in their only input, or concave (-1), and couple as many entries as there are classes:
 # nothing is formed for them.

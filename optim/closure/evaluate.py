@@ -20,10 +20,10 @@ from optim.closure.losses import Coverage, refuse_reentrant_checkpoint
 from optim.closure.modes import Again, Record, Value, Weighted
 from optim.closure.returned import finite, number, root_of, split
 from optim.closure.setting import evaluating, grads_put_aside, without_hooks
-from secondorder import graph
-from secondorder.flat import flatten, is_finite
-from secondorder.guard import RandomState, WriteGuard, surely
-from secondorder.ladder import MissingDerivativeError
+from secondorder.autodiff import graph
+from secondorder.autodiff.guard import RandomState, WriteGuard, surely
+from secondorder.autodiff.ladder import MissingDerivativeError
+from secondorder.vectors.flat import flatten, is_finite
 
 Closure = Callable[[], Any]
 

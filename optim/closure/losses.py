@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optim.closure.terms import edge_of
-from secondorder import Block, graph
-from secondorder.curvature import GradientBlock
+from secondorder import Block
+from secondorder.autodiff import graph
+from secondorder.operators.curvature import GradientBlock
 
 # Convex in their first argument, for constant targets and weights that are not negative.
 _CONVEX: dict[Callable[..., Any], str] = {

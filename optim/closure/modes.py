@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away
 from optim.closure.losses import LossLog
-from secondorder._compat import dispatch_backward, in_checkpoint
-from secondorder.decompose import CUDNN, WITHOUT_SECOND_DERIVATIVE
-from secondorder.guard import RandomState, WriteGuard, is_transformed
+from secondorder.autodiff.compat import dispatch_backward, in_checkpoint
+from secondorder.autodiff.decompose import CUDNN, WITHOUT_SECOND_DERIVATIVE
+from secondorder.autodiff.guard import RandomState, WriteGuard, is_transformed
 
 dispatch_backward()
 BACKWARD: dict[Callable[..., Any], inspect.Signature] = {

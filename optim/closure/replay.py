@@ -17,7 +17,7 @@ from optim.closure.modes import Record
 from optim.closure.returned import finite, root_of
 from optim.closure.setting import evaluating, grads_put_aside
 from optim.closure.tape import Node, Tape, tensors_of
-from secondorder.guard import RandomState, WriteGuard, is_transformed
+from secondorder.autodiff.guard import RandomState, WriteGuard, is_transformed
 
 # Losses, and gradients, that differ by more than this, relative, are not the same; and gradients where parts
 # are computed in half precision: with one kernel of attention and another they differ by 1e-2.

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder._backward import pull, pull_rows
-from secondorder.graph import Place
+from secondorder.autodiff.backward import pull, pull_rows
+from secondorder.autodiff.graph import Place
 
 # Rows of a block, and entries of all blocks, up to which they are formed: a factorization of a few 1e9
 # operations at most.

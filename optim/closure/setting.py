@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from secondorder import switches
-from secondorder.flat import unflatten
-from secondorder.guard import surely
+from secondorder.autodiff import switches
+from secondorder.autodiff.guard import surely
+from secondorder.vectors.flat import unflatten
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from optim.closure.accumulation import Marks, marks, were_thrown_away
 from optim.closure.losses import reached
 from optim.closure.modes import BACKWARD, Pass, is_grad_scaling, without_graph
-from secondorder.guard import RandomState, written
+from secondorder.autodiff.guard import RandomState, written
 
 _numbers = itertools.count()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from secondorder import graph
+from secondorder.autodiff import graph
 
 # A result of a node: the tensor that it made.
 Edge = tuple[Any, int]

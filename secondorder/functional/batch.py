@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder import _arguments, graph, ladder
-from secondorder._backward import HessianGraph, pull_rows
-from secondorder._tree import Tree
+from secondorder.autodiff import graph, ladder
+from secondorder.autodiff.backward import HessianGraph, pull_rows
 from secondorder.functional.linear import LinearMap, linearize_grad
+from secondorder.vectors import arguments
+from secondorder.vectors.tree import Tree
 
 Function = Callable[..., Any]
 
@@ -84,7 +85,7 @@ def batch_hessian(func: Function, inputs: Tensor, *, chunk_size: int | None = No
         graph.refuse_wrong((outputs,), (x,))
         with torch.enable_grad():
             total = outputs.sum()
-            kept = HessianGraph.of(total, _arguments.grad((total,), (x,), create_graph=True), (x,))
+            kept = HessianGraph.of(total, arguments.grad((total,), (x,), create_graph=True), (x,))
         rows = torch.zeros_like(x) if kept.outputs[0] is None else kept.outputs[0]
         return _rows_of_samples(rows, kept.inputs[0], chunk_size)
 
@@ -93,7 +94,7 @@ def batch_hessian(func: Function, inputs: Tensor, *, chunk_size: int | None = No
 
 def _one_batch(inputs: Tensor, chunk_size: int | None, function: str) -> tuple[Tree, Tensor]:
     """The checked batch and its tensor."""
-    _arguments.check_chunk_size(chunk_size)
+    arguments.check_chunk_size(chunk_size)
     tree = Tree.of(inputs, function)
     if not isinstance(inputs, Tensor) or inputs.is_complex() or inputs.ndim == 0:
         got = (
@@ -165,7 +166,7 @@ def hessian_diag(
     is_number = isinstance(num_probes, int) and not isinstance(num_probes, bool)
     if num_probes is not None and not (is_number and num_probes >= 1):
         raise ValueError(f"num_probes must be a positive integer or None, got {num_probes!r}.")
-    _arguments.check_chunk_size(chunk_size)
+    arguments.check_chunk_size(chunk_size)
     tree = Tree.of(inputs, "hessian_diag")
     if any(leaf.is_complex() for leaf in tree.leaves):
         raise TypeError("inputs of hessian_diag must be real, got complex ones.")

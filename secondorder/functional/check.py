@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from secondorder._tree import Tree
-from secondorder.guard import undo_writes
+from secondorder.autodiff.guard import undo_writes
+from secondorder.vectors.tree import Tree
 
 Function = Callable[..., Any]
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder import _arguments, graph, ladder
-from secondorder._backward import HessianGraph, cotangents, gradient_of, pull, pull_rows, try_product
-from secondorder._tree import Tree, scalar
-from secondorder.convolutions import lighten_rows
-from secondorder.decompose import current
+from secondorder.autodiff import graph, ladder
+from secondorder.autodiff.backward import HessianGraph, cotangents, gradient_of, pull, pull_rows, try_product
+from secondorder.autodiff.convolutions import lighten_rows
+from secondorder.autodiff.decompose import current
+from secondorder.vectors import arguments
+from secondorder.vectors.tree import Tree, scalar
 
 Function = Callable[..., Any]
 
@@ -52,12 +53,12 @@ def value_and_grad(
         value = scalar(value, "value_and_grad")
         with torch.enable_grad():
             found = gradient_of((value,), tree.leaves, None, create_graph)
-            grads = _arguments.fill_zeros(found, tree.leaves, False, create_graph, "back")
+            grads = arguments.fill_zeros(found, tree.leaves, False, create_graph, "back")
         results = (
-            _arguments.give_back((value,), False, create_graph),
-            tree.rebuild(_arguments.give_back(grads, True, create_graph)),
+            arguments.give_back((value,), False, create_graph),
+            tree.rebuild(arguments.give_back(grads, True, create_graph)),
         )
-        return (*results, _arguments.give_back_aux(aux, create_graph)) if has_aux else results
+        return (*results, arguments.give_back_aux(aux, create_graph)) if has_aux else results
 
     return ladder.climb(compute) if create_graph else compute()
 
@@ -90,7 +91,7 @@ class LinearMap:
             ValueError: ``v`` has another structure, shape or dtype; ``chunk_size`` is not positive.
         """
         parts = self._tree.vector(v, batched)
-        _arguments.check_chunk_size(chunk_size)
+        arguments.check_chunk_size(chunk_size)
         if not self._outputs or (batched and not parts[0].shape[0]):
             leading = (parts[0].shape[0],) if batched else ()
             return self._rebuild([x.new_zeros((*leading, *x.shape)) for x in self._inputs])
@@ -138,15 +139,15 @@ def linearize(func: Function, inputs: Any) -> tuple[Any, LinearMap]:
 
 
 def _linearize(func: Function, tree: Tree) -> tuple[Any, LinearMap]:
-    is_tuple, outputs = _arguments.as_tuple(tree.call(func), _arguments.OUTPUTS, "linearize")
+    is_tuple, outputs = arguments.as_tuple(tree.call(func), arguments.OUTPUTS, "linearize")
     graph.refuse_wrong_rows(outputs, tree.leaves)
     with torch.enable_grad():
         duals = cotangents(outputs, outputs)
-        pulled = _arguments.grad(outputs, tree.leaves, duals, create_graph=True)
+        pulled = arguments.grad(outputs, tree.leaves, duals, create_graph=True)
     lighten_rows(pulled, outputs)
     try_product(pulled, duals)
     product = LinearMap(tree, pulled, duals, lambda parts: tuple(parts) if is_tuple else parts[0])
-    return _arguments.give_back(outputs, is_tuple, False), product
+    return arguments.give_back(outputs, is_tuple, False), product
 
 
 def linearize_grad(func: Function, inputs: Any) -> tuple[Tensor, Any, LinearMap]:
@@ -182,8 +183,8 @@ def _linearize_grad(func: Function, tree: Tree) -> tuple[Tensor, Any, LinearMap]
     value = scalar(tree.call(func), "linearize_grad")
     graph.refuse_wrong((value,), tree.leaves)
     with torch.enable_grad():
-        gradient = _arguments.grad((value,), tree.leaves, create_graph=True)
-        filled = _arguments.fill_zeros(gradient, tree.leaves, False, True, "back")
+        gradient = arguments.grad((value,), tree.leaves, create_graph=True)
+        filled = arguments.fill_zeros(gradient, tree.leaves, False, True, "back")
         is_real = not any(leaf.is_complex() for leaf in tree.leaves)
         kept = HessianGraph.of(value, gradient, tree.leaves, is_real and not hooks.has_grown())
         try_product(*kept)

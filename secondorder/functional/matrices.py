@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from secondorder import _arguments, graph, ladder
-from secondorder._arguments import Outputs, Tensors
-from secondorder._backward import HessianGraph, try_product
-from secondorder.decompose import forward_mode
-from secondorder.functional import _strategies
-from secondorder.functional._strategies import Blocks
-from secondorder.guard import RandomState, undo_writes
+from secondorder.autodiff import graph, ladder
+from secondorder.autodiff.backward import HessianGraph, try_product
+from secondorder.autodiff.decompose import forward_mode
+from secondorder.autodiff.guard import RandomState, undo_writes
+from secondorder.functional import strategies
+from secondorder.functional.strategies import Blocks
+from secondorder.vectors import arguments
+from secondorder.vectors.arguments import Outputs, Tensors
 
 T = TypeVar("T")
 Function = Callable[..., Any]
@@ -77,9 +78,9 @@ def jacobian(
     is_inputs_tuple, outputs, blocks = _blocks(func, inputs, options, has_aux)
     results = [_unpack(blocks, outputs.is_tuple, is_inputs_tuple)]
     if return_output:
-        results.append(_arguments.give_back(outputs.tensors, outputs.is_tuple, create_graph))
+        results.append(arguments.give_back(outputs.tensors, outputs.is_tuple, create_graph))
     if has_aux:
-        results.append(_arguments.give_back_aux(outputs.aux, create_graph))
+        results.append(arguments.give_back_aux(outputs.aux, create_graph))
     return tuple(results) if len(results) > 1 else results[0]
 
 
@@ -132,7 +133,7 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "hessian")
+    is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", "hessian")
     if outer_jacobian_strategy not in ("forward-mode", "reverse-mode"):
         raise AssertionError('Expected strategy to be either "forward-mode" or "reverse-mode".')
     options = _Options(create_graph, strict, vectorize, outer_jacobian_strategy, chunk_size).checked()
@@ -152,9 +153,9 @@ def hessian(
         blocks = tuple(tuple(block.detach() for block in row) for row in blocks)
     results = [_unpack(blocks, is_inputs_tuple, is_inputs_tuple)]
     if return_output:
-        results.append(_arguments.give_back((value,), False, create_graph))
+        results.append(arguments.give_back((value,), False, create_graph))
     if has_aux:
-        results.append(_arguments.give_back_aux(aux, create_graph))
+        results.append(arguments.give_back_aux(aux, create_graph))
     return tuple(results) if len(results) > 1 else results[0]
 
 
@@ -163,17 +164,17 @@ def _reverse_hessian(
 ) -> tuple[Tensor, Any, Blocks]:
     """Value, aux, and the rows of the Hessian by backward passes through the gradient."""
     with torch.enable_grad():
-        inputs = _arguments.fresh_inputs(inputs, options.create_graph)
+        inputs = arguments.fresh_inputs(inputs, options.create_graph)
         hooks = graph.HookCount()
-        value, aux = _arguments.call_scalar(func, inputs, "hessian", options.strict, has_aux)
+        value, aux = arguments.call_scalar(func, inputs, "hessian", options.strict, has_aux)
         graph.refuse_wrong((value,), inputs, create_graph=options.create_graph)
-        grads = _arguments.grad((value,), inputs, create_graph=True)
-        filled = _arguments.fill_zeros(grads, inputs, False, True, "back")
-        _arguments.require_grad_of_jacobian(filled, options.strict)
+        grads = arguments.grad((value,), inputs, create_graph=True)
+        filled = arguments.fill_zeros(grads, inputs, False, True, "back")
+        arguments.require_grad_of_jacobian(filled, options.strict)
         rows = HessianGraph(filled, inputs)
         if not options.strict and not hooks.has_grown():
             rows = HessianGraph.of(value, grads, inputs, left=True)
-        outputs = _arguments.fill_zeros(rows.outputs, inputs, False, True, "back")
+        outputs = arguments.fill_zeros(rows.outputs, inputs, False, True, "back")
         return value, aux, _reverse(outputs, rows.inputs, options)
 
 
@@ -209,8 +210,8 @@ def _gradient_for_forward_mode(func: Function, has_aux: bool) -> Callable[..., O
         def scalar(*inner: Tensor) -> tuple[Tensor, Tensors]:
             nonlocal rebuild
             with forward_mode(order=2):
-                value, aux = _arguments.call_scalar(func, inner, "hessian", False, has_aux)
-            tensors, rebuild = _arguments.split_tensors((value, aux))
+                value, aux = arguments.call_scalar(func, inner, "hessian", False, has_aux)
+            tensors, rebuild = arguments.split_tensors((value, aux))
             if value.is_complex():
                 text = "grad can be implicitly created only for real scalar outputs but got"
                 raise RuntimeError(f"{text} {value.dtype}")
@@ -236,7 +237,7 @@ class _Options(NamedTuple):
 
     def checked(self) -> _Options:
         """Raise for what does not go together, in torch's order; ``chunk_size`` turns vectorize on."""
-        _arguments.check_chunk_size(self.chunk_size)
+        arguments.check_chunk_size(self.chunk_size)
         if self.strategy not in ("forward-mode", "reverse-mode"):
             raise AssertionError(
                 'Expected strategy to be either "forward-mode" or "reverse-mode". Hint: If your '
@@ -263,7 +264,7 @@ class _Options(NamedTuple):
 def _blocks(func: Function, inputs: Any, options: _Options, has_aux: bool) -> tuple[bool, Outputs, Blocks]:
     """Run the strategy; blocks are detached as promised."""
     options = options.checked()
-    is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jacobian")
+    is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", "jacobian")
     if options.strategy == "forward-mode":
         _check_forward(options)
         outputs, blocks = ladder.climb(lambda: _forward_jacobian(func, inputs, options, has_aux))
@@ -283,8 +284,8 @@ def _reverse_jacobian(
     func: Function, inputs: Tensors, options: _Options, has_aux: bool
 ) -> tuple[Outputs, Blocks]:
     with torch.enable_grad():
-        inputs = _arguments.fresh_inputs(inputs, options.create_graph)
-        outputs = _arguments.call(func, inputs, "jacobian", options.strict, has_aux)
+        inputs = arguments.fresh_inputs(inputs, options.create_graph)
+        outputs = arguments.call(func, inputs, "jacobian", options.strict, has_aux)
         if options.create_graph:
             graph.refuse_wrong(outputs.tensors, inputs, create_graph=True)
         blocks = _reverse(outputs.tensors, inputs, options)
@@ -300,7 +301,7 @@ def _forward_jacobian(
 
     def outputs_of(*points: Tensor) -> Outputs:
         with forward_mode(order=1):
-            return _arguments.call(func, points, "jacobian", False, has_aux)
+            return arguments.call(func, points, "jacobian", False, has_aux)
 
     return _or_else(
         lambda: _forward(outputs_of, inputs, options),
@@ -309,7 +310,7 @@ def _forward_jacobian(
 
 
 def _forward(func: Callable[..., Outputs], inputs: Tensors, options: _Options) -> tuple[Outputs, Blocks]:
-    return _strategies.forward_mode(func, tuple(map(_copied, inputs)), options.chunk_size)
+    return strategies.forward_mode(func, tuple(map(_copied, inputs)), options.chunk_size)
 
 
 def _check_forward(options: _Options) -> None:
@@ -345,8 +346,8 @@ def _reverse(outputs: Tensors, inputs: Tensors, options: _Options) -> Blocks:
         kinds = sorted({str(tensor.dtype) for tensor in (*inputs, *outputs) if not tensor.is_complex()})
         raise TypeError(f"holomorphic=True needs complex inputs and outputs, got {', '.join(kinds)}.")
     if options.vectorize or options.holomorphic:
-        return _strategies.batched_rows(outputs, inputs, options.create_graph, options.chunk_size)
-    return _strategies.row_by_row(outputs, inputs, options.create_graph, options.strict)
+        return strategies.batched_rows(outputs, inputs, options.create_graph, options.chunk_size)
+    return strategies.row_by_row(outputs, inputs, options.create_graph, options.strict)
 
 
 def _unpack(blocks: Blocks, is_outputs_tuple: bool, is_inputs_tuple: bool) -> Any:

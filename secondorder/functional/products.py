@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secondorder import _arguments, graph, ladder, switches
-from secondorder._arguments import Tensors
-from secondorder._backward import cotangents, gradient_of, try_product
-from secondorder.convolutions import lighten_rows
-from secondorder.decompose import forward_mode
-from secondorder.functional import _second_order
-from secondorder.functional._second_order import Point
+from secondorder.autodiff import graph, ladder, switches
+from secondorder.autodiff.backward import cotangents, gradient_of, try_product
+from secondorder.autodiff.convolutions import lighten_rows
+from secondorder.autodiff.decompose import forward_mode
+from secondorder.functional import second_order
+from secondorder.functional.second_order import Point
+from secondorder.vectors import arguments
+from secondorder.vectors.arguments import Tensors
 
 Function = Callable[..., Any]
 TensorOrTensors = Tensor | tuple[Tensor, ...]
@@ -75,25 +76,25 @@ def _vjp(
     func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, has_aux: bool
 ) -> tuple[Any, ...]:
     with torch.enable_grad():
-        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "vjp")
-        inputs = _arguments.fresh_inputs(inputs, create_graph)
-        outputs, is_outputs_tuple, aux = _arguments.call(func, inputs, "vjp", strict, has_aux)
+        is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", "vjp")
+        inputs = arguments.fresh_inputs(inputs, create_graph)
+        outputs, is_outputs_tuple, aux = arguments.call(func, inputs, "vjp", strict, has_aux)
         vector: Tensors | None = None
         if v is not None:
-            vector = _arguments.fresh_vector(_arguments.as_tuple(v, "v", "vjp")[1], create_graph)
-            _arguments.check_vector(vector, outputs, is_outputs_tuple)
+            vector = arguments.fresh_vector(arguments.as_tuple(v, "v", "vjp")[1], create_graph)
+            arguments.check_vector(vector, outputs, is_outputs_tuple)
         elif len(outputs) != 1 or outputs[0].nelement() != 1:
             text = "The vector v can only be None if the user-provided function returns "
             raise RuntimeError(text + "a single Tensor with a single element.")
 
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
         grads = gradient_of(outputs, inputs, vector, create_graph)
-        product = _arguments.fill_zeros(grads, inputs, strict, create_graph, "back")
+        product = arguments.fill_zeros(grads, inputs, strict, create_graph, "back")
     results = (
-        _arguments.give_back(outputs, is_outputs_tuple, create_graph),
-        _arguments.give_back(product, is_inputs_tuple, create_graph),
+        arguments.give_back(outputs, is_outputs_tuple, create_graph),
+        arguments.give_back(product, is_inputs_tuple, create_graph),
     )
-    return (*results, _arguments.give_back_aux(aux, create_graph)) if has_aux else results
+    return (*results, arguments.give_back_aux(aux, create_graph)) if has_aux else results
 
 
 def jvp(
@@ -148,10 +149,10 @@ def jvp(
         else:
             found, product = _double_backward(func, inputs, v, create_graph, strict, has_aux)
         results = (
-            _arguments.give_back(found.tensors, found.is_tuple, create_graph),
-            _arguments.give_back(product, found.is_tuple, create_graph),
+            arguments.give_back(found.tensors, found.is_tuple, create_graph),
+            arguments.give_back(product, found.is_tuple, create_graph),
         )
-        return (*results, _arguments.give_back_aux(found.aux, create_graph)) if has_aux else results
+        return (*results, arguments.give_back_aux(found.aux, create_graph)) if has_aux else results
 
     return ladder.climb(compute)
 
@@ -199,8 +200,8 @@ def vhp(
     """
 
     def compute() -> tuple[Any, ...]:
-        point = _second_order.differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
-        product = _second_order.left_product(point, create_graph, strict)
+        point = second_order.differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
+        product = second_order.left_product(point, create_graph, strict)
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
 
     return ladder.climb(compute)
@@ -263,11 +264,11 @@ def hvp(
     def compute() -> tuple[Any, ...]:
         # Derivatives through forward mode are wrong in torch: through norms, solve, det.
         if strategy == "forward-over-reverse" and not create_graph:
-            point, product = _second_order.forward_over_reverse(func, inputs, v, has_aux)
+            point, product = second_order.forward_over_reverse(func, inputs, v, has_aux)
         elif strategy == "finite-differences":
-            point, product = _second_order.finite_differences(func, inputs, v, create_graph, has_aux)
+            point, product = second_order.finite_differences(func, inputs, v, create_graph, has_aux)
         else:
-            point, product = _second_order.over_reverse(
+            point, product = second_order.over_reverse(
                 func, inputs, v, create_graph, strict, strategy, has_aux
             )
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
@@ -279,14 +280,14 @@ def _second_order_results(
     point: Point, product: Tensors, create_graph: bool, return_grad: bool, has_aux: bool
 ) -> tuple[Any, ...]:
     results = [
-        _arguments.give_back((point.value,), False, create_graph),
-        _arguments.give_back(product, point.is_inputs_tuple, create_graph),
+        arguments.give_back((point.value,), False, create_graph),
+        arguments.give_back(product, point.is_inputs_tuple, create_graph),
     ]
     if return_grad:
-        gradient = _arguments.fill_zeros(point.gradient, point.inputs, False, create_graph, "back")
-        results.append(_arguments.give_back(gradient, point.is_inputs_tuple, create_graph))
+        gradient = arguments.fill_zeros(point.gradient, point.inputs, False, create_graph, "back")
+        results.append(arguments.give_back(gradient, point.is_inputs_tuple, create_graph))
     if has_aux:
-        results.append(_arguments.give_back_aux(point.aux, create_graph))
+        results.append(arguments.give_back_aux(point.aux, create_graph))
     return tuple(results)
 
 
@@ -302,34 +303,34 @@ def _choose(strategy: str, choices: tuple[str, ...], strict: bool) -> str:
 
 def _double_backward(
     func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, has_aux: bool
-) -> tuple[_arguments.Outputs, Tensors]:
+) -> tuple[arguments.Outputs, Tensors]:
     """Outputs and ``J v`` by differentiating ``u -> u^T J``."""
     with torch.enable_grad():
-        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jvp")
-        inputs = _arguments.fresh_inputs(inputs, create_graph)
-        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
-        found = _arguments.call(func, inputs, "jvp", strict, has_aux)
+        is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", "jvp")
+        inputs = arguments.fresh_inputs(inputs, create_graph)
+        vector = arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
+        found = arguments.call(func, inputs, "jvp", strict, has_aux)
         graph.refuse_wrong_rows(found.tensors, inputs, create_graph=create_graph)
         duals = cotangents(found.tensors, found.tensors)
-        grads = _arguments.grad(found.tensors, inputs, duals, create_graph=True)
+        grads = arguments.grad(found.tensors, inputs, duals, create_graph=True)
         if not create_graph:
             lighten_rows(grads, found.tensors)
-        _arguments.require_grad_of_grad_inputs(grads, strict)
+        arguments.require_grad_of_grad_inputs(grads, strict)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
-        columns = _arguments.grad(grads, duals, vector, create_graph=create_graph)
+        columns = arguments.grad(grads, duals, vector, create_graph=create_graph)
         if create_graph:
             try_product(columns, inputs)
-        return found, _arguments.fill_zeros(columns, found.tensors, strict, create_graph, "back_trick")
+        return found, arguments.fill_zeros(columns, found.tensors, strict, create_graph, "back_trick")
 
 
-def _push(func: Function, inputs: Any, v: Any, has_aux: bool) -> tuple[_arguments.Outputs, Tensors]:
+def _push(func: Function, inputs: Any, v: Any, has_aux: bool) -> tuple[arguments.Outputs, Tensors]:
     """Outputs and ``J v`` by forward mode."""
     with torch.enable_grad(), switches.dual_level():
-        is_inputs_tuple, inputs = _arguments.as_tuple(inputs, "inputs", "jvp")
-        inputs = _arguments.fresh_inputs(inputs, False)
-        vector = _arguments.input_vector(v, inputs, is_inputs_tuple, False, "jvp")
+        is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", "jvp")
+        inputs = arguments.fresh_inputs(inputs, False)
+        vector = arguments.input_vector(v, inputs, is_inputs_tuple, False, "jvp")
         with forward_mode(order=1):
-            found = _arguments.call(func, _second_order.duals(inputs, vector), "jvp", False, has_aux)
+            found = arguments.call(func, second_order.duals(inputs, vector), "jvp", False, has_aux)
         parts = [forward_ad.unpack_dual(output) for output in found.tensors]
         product = tuple(torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in parts)
         return found._replace(tensors=tuple(part.primal for part in parts)), product

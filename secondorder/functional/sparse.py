@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder._backward import pull_rows
-from secondorder._compat import sparse_coo
-from secondorder._tree import Tree
-from secondorder.functional._colouring import distance_two_colours, star_colours
+from secondorder.autodiff.backward import pull_rows
+from secondorder.autodiff.compat import sparse_coo
+from secondorder.functional.colouring import distance_two_colours, star_colours
 from secondorder.functional.linear import LinearMap, linearize, linearize_grad
+from secondorder.vectors.tree import Tree
 
 Function = Callable[..., Any]
 

@@ -12,7 +12,7 @@ from torch import nn
 from optim.closure.evaluate import ClosureEvaluator
 from optim.closure.modes import Record
 from optim.closure.setting import evaluating
-from secondorder.guard import RandomState, WriteGuard
+from secondorder.autodiff.guard import RandomState, WriteGuard
 
 
 def large():

@@ -1,0 +1,1 @@
+"""The algorithm without a face: knows no closure."""

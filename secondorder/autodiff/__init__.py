@@ -1,0 +1,1 @@
+"""What torch's derivatives lack or get wrong, and what surrounds them."""

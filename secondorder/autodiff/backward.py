@@ -1,0 +1,167 @@
+"""Backward passes through a kept graph: one vector or a batch of them; and the graph of a Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secondorder.autodiff import graph
+from secondorder.autodiff.convolutions import lighten_gradients, lighten_rows
+from secondorder.autodiff.graph import Source, end, like
+from secondorder.autodiff.ladder import explained, missing
+from secondorder.vectors.arguments import MaybeTensors, Tensors, grad, refuse_inference_mode
+
+# Here the graph is all there is: the function behind it can not be run again.
+_REMEDY = (
+    "the graph is given; compute it inside `with secondorder.decompose.decompose():`, or use Hessian.of,"
+    " GaussNewton.of or Objective, which call the function themselves"
+)
+
+
+def pull(
+    outputs: Sequence[Source], inputs: Sequence[Source], v: Sequence[Tensor], create_graph: bool = False
+) -> list[Tensor]:
+    """``v^T d outputs / d inputs``; zeros where there is no path. The graph is kept."""
+    grads, likes = _pulled(outputs, inputs, v, create_graph), map(like, inputs)
+    # Not by materialize_grads, whose zeros require gradients before torch 2.10.
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
+
+
+def pull_rows(
+    outputs: Sequence[Source], inputs: Sequence[Source], v: Sequence[Tensor], create_graph: bool = False
+) -> list[Tensor]:
+    """As ``pull`` for a batch: a leading dimension on every ``v`` and on every result.
+
+    One after another, where torch has no rule for a batch, or a wrong one.
+    """
+    k, likes = v[0].shape[0], [like(x) for x in inputs]
+    if not k:
+        return [x.new_zeros((0, *x.shape)) for x in likes]
+    if not graph.is_wrong_in_batches(outputs):
+        try:
+            grads = _pulled(outputs, inputs, v, create_graph, is_batched=True)
+            return [x.new_zeros((k, *x.shape)) if g is None else g for g, x in zip(grads, likes, strict=True)]
+        except RuntimeError as error:
+            if missing(error) is not None:
+                raise
+    rows = [pull(outputs, inputs, one, create_graph) for one in zip(*v, strict=True)]
+    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def _pulled(
+    outputs: Sequence[Source],
+    inputs: Sequence[Source],
+    v: Sequence[Tensor],
+    create_graph: bool,
+    is_batched: bool = False,
+) -> MaybeTensors:
+    refuse_inference_mode()
+    with explained(_REMEDY):
+        return torch.autograd.grad(
+            [end(z) for z in outputs],
+            [end(x) for x in inputs],
+            v,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=is_batched,
+        )
+
+
+def gradient_of(
+    outputs: Tensors, inputs: Tensors, v: Tensors | None, create_graph: bool, retain_graph: bool | None = None
+) -> MaybeTensors:
+    """``v^T d outputs / d inputs``; with ``create_graph``, only where all its derivatives are right.
+
+    Raises:
+        WrongDerivativeError: they are not; MissingDerivativeError, or torch's own: there are none.
+    """
+    if create_graph:
+        graph.refuse_wrong(outputs, inputs, create_graph=True)
+    grads = grad(outputs, inputs, v, create_graph=create_graph, retain_graph=retain_graph)
+    if create_graph:
+        try_product(grads, inputs)
+    return grads
+
+
+def try_product(outputs: MaybeTensors, inputs: Tensors) -> None:
+    """Only a product finds out that a derivative is missing: try one where it may be."""
+    if graph.has_missing(outputs):
+        live = tuple(output for output in outputs if output is not None and output.requires_grad)
+        grad(live, inputs, tuple(map(torch.zeros_like, live)), retain_graph=True)
+
+
+def cotangents(tensors: Iterable[Tensor], behind: Iterable[Source | None]) -> Tensors:
+    """A vector ``u`` that requires gradients, for a map that is linear in it: any value will do.
+
+    Zeros, as torch takes them, where hooks that are not linear have a derivative too; ones where a backward
+    pass through the graph of ``behind`` is not defined at zero.
+    """
+    make = torch.ones_like if graph.is_undefined_at_zero(behind) else torch.zeros_like
+    return tuple(make(tensor, requires_grad=True) for tensor in tensors)
+
+
+class HessianGraph(NamedTuple):
+    """A graph whose backward pass from ``outputs`` to ``inputs`` multiplies by a Hessian.
+
+    Attributes:
+        outputs: The gradient, or ``u^T H``; None where there is no path.
+        inputs: With respect to which the gradient was taken, tensors or places; or ``u``.
+    """
+
+    outputs: MaybeTensors
+    inputs: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        value: Tensor | None,
+        gradient: MaybeTensors,
+        inputs: tuple[Source, ...],
+        is_plain: bool = True,
+        *,
+        left: bool = False,
+    ) -> HessianGraph:
+        """That of a value whose gradient carries a graph.
+
+        Where the Hessian is symmetric a product is ``v^T H``, a backward pass through the gradient. Where it
+        is not, or where this is wrong or NaN and ``H v`` is not, it is the derivative of ``u^T H`` with
+        respect to ``u``.
+
+        Args:
+            value: A scalar; None where only its gradient is known.
+            gradient: Of ``value`` with respect to ``inputs``.
+            inputs: What it was differentiated with respect to.
+            is_plain: False where products are not symmetric for a reason that the graph does not show.
+            left: Multiply from the left, where products are not symmetric.
+        """
+        kinds = graph.Kinds.of((value, *gradient), inputs)
+        plain = cls(gradient, inputs)
+        is_symmetric = is_plain and kinds.is_symmetric
+        is_bad = is_symmetric and (kinds.divide or (kinds.may_be_nan and plain.is_nan()))
+        if is_bad or not (is_symmetric or left):
+            return cls.by_rows(value, gradient, inputs)
+        if value is not None:
+            lighten_gradients(gradient, (value,))
+        return plain
+
+    @classmethod
+    def by_rows(
+        cls, value: Tensor | None, gradient: MaybeTensors, inputs: tuple[Source, ...]
+    ) -> HessianGraph:
+        """``u^T H``, to be differentiated with respect to ``u``."""
+        with torch.enable_grad():
+            u = cotangents(map(like, inputs), gradient)
+            rows = grad(gradient, tuple(map(end, inputs)), u, create_graph=True)
+        lighten_rows(rows, (value, *gradient))
+        return cls(rows, u)
+
+    def is_nan(self) -> bool:
+        """Whether a product is: one more product, and a host read."""
+        live = [output for output in self.outputs if output is not None and output.requires_grad]
+        ones = tuple(map(torch.ones_like, live))
+        products = grad(live, tuple(map(end, self.inputs)), ones, retain_graph=True)
+        return not all(bool(product.isfinite().all()) for product in products if product is not None)

@@ -1,0 +1,1 @@
+"""A model's loss over a dataset."""

@@ -1,0 +1,329 @@
+"""A model's loss over a whole dataset: value, gradient and curvature operators, one batch at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.autodiff import ladder
+from secondorder.autodiff.guard import RandomState
+from secondorder.data.batches import Batch, Batches, call, check_deterministic, count_samples
+from secondorder.data.reduction import ReductionCheck
+from secondorder.operators.curvature import GaussNewton, Hessian
+from secondorder.operators.fisher import EmpiricalFisher, Fisher
+from secondorder.operators.linear import LinearOperator
+from secondorder.operators.parameters import ParameterOperator, check_parameters, tried
+from secondorder.vectors.flat import flatten
+
+Loss = Callable[[Any, Any], Tensor]
+Build = Callable[[Batch, int], ParameterOperator]
+
+REDUCTIONS = ("mean", "sum")
+
+
+class Objective:
+    """``mean_i loss(model(x_i), y_i) + l2 / 2 norm(w)^2`` over a dataset, as a function of the parameters.
+
+    Batches are weighted by their size, so the objective does not depend on how the data is cut. Memory is
+    that of one batch.
+
+    Args:
+        model: Its parameters are where value, gradient and operators are taken. Not changed. A batch's
+            inputs are its argument; a tuple is unpacked into arguments, a dict into keywords.
+        loss: Takes outputs and targets of a batch, returns the mean (or sum) of the samples' losses, such as
+            ``torch.nn.functional.cross_entropy`` or a loss module.
+        data: A pair (inputs, targets), a Dataset of such pairs, a DataLoader, or a list of batches (inputs,
+            targets). Targets are a tensor, inputs one or a tuple or dict of them; in batches and in what the
+            model returns, any containers of tensors. Samples lie in their first dimension.
+        l2: Weight of the L2 term, loss over parameter squared. It is part of value, gradient and operators.
+        reduction: "mean" or "sum": what ``loss`` does with the samples of a batch, and the objective with
+            all of them.
+        batch_size: Of the batches that tensors and Datasets are cut into.
+        parameters: Those of the model to differentiate; all that require gradients when None.
+        progress: Show a progress bar for each pass over the data.
+
+    Attributes:
+        parameters: In the order of the flat vectors.
+
+    Raises:
+        TypeError: ``data`` is an iterator, which can be walked only once, or gives something else than pairs.
+        ValueError: a module depends on chance or on the batch (dropout in training mode, BatchNorm on batch
+            statistics); ``loss`` is not the reduction over samples (class weights, ignored targets), found
+            out in the first pass from the halves of each batch; ``data`` is empty; an option is out of range.
+
+    Cost: ``value``, a forward pass over the data; ``gradient``, one gradient; a product with an operator, two
+    to four gradients, less where all data is one batch, whose graph is kept.
+
+    Example:
+        >>> x, y = torch.randn(100, 3), torch.randn(100, 1)
+        >>> objective = Objective(nn.Linear(3, 1), nn.functional.mse_loss, (x, y), l2=0.1, batch_size=32)
+        >>> g, H = objective.gradient(), objective.hessian()
+        >>> H.solve(-g).status
+        'converged'
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Any,
+        *,
+        l2: float = 0.0,
+        reduction: str = "mean",
+        batch_size: int = 1024,
+        parameters: Iterable[Tensor] | None = None,
+        progress: bool = False,
+    ) -> None:
+        if not l2 >= 0:
+            raise ValueError(f"l2 must be non-negative, got {l2}.")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}.")
+        if isinstance(loss, type) or not callable(loss):
+            raise TypeError(f"loss must be a function or a loss module, got {_kind(loss)}; make an instance.")
+        own = getattr(loss, "reduction", reduction)
+        if own != reduction:
+            raise ValueError(f"loss must reduce as the objective does, got {own!r} and {reduction!r}.")
+        if reduction == "mean" and isinstance(getattr(loss, "weight", None), Tensor):
+            raise ValueError(
+                f"loss must be the mean over samples, got {type(loss).__name__} with class weights,"
+                " whose mean depends on the classes in a batch; use reduction='sum' for both."
+            )
+        check_deterministic(model)
+        chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
+        if parameters is None and not chosen:
+            raise ValueError("model must have a parameter that requires gradients, got none.")
+        self.parameters = check_parameters(chosen)
+        self.model, self.loss, self.l2, self.reduction = model, loss, l2, reduction
+        self._batches = Batches(data, batch_size, self.parameters[0].device)
+        self._progress = progress
+        self._ladder = ladder.Ladder()
+        self._is_checked = False
+        self._reduction_check = ReductionCheck(loss, functools.partial(call, model), reduction)
+
+    def value(self) -> Tensor:
+        """The objective, a detached scalar."""
+        with torch.no_grad():
+            total, samples = self._sum("value", lambda batch, _: self._loss(batch)[0])
+            return self._reduced(total, samples) + 0.5 * self.l2 * self._flat().square().sum()
+
+    def gradient(self) -> Tensor:
+        """Its gradient, flat, shape (n,)."""
+        return self.value_and_gradient()[1]
+
+    def value_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Both, in one pass."""
+
+        def on_batch(batch: Batch, _: int) -> Tensor:
+            value = self._loss(batch)[0]
+            grads = torch.autograd.grad(value, self.parameters, allow_unused=True)
+            pairs = zip(grads, self.parameters, strict=True)
+            gradient = flatten([torch.zeros_like(p) if g is None else g for g, p in pairs])
+            return torch.cat([value.detach().reshape(1), gradient])
+
+        with torch.enable_grad():
+            total, samples = self._sum("gradient", on_batch)
+        both, w = self._reduced(total, samples), self._flat()
+        return both[0] + 0.5 * self.l2 * w.square().sum(), both[1:] + self.l2 * w
+
+    def hessian(self, *, keep_graph: bool | None = None) -> LinearOperator:
+        """The Hessian at the present parameters, shape (n, n).
+
+        Args:
+            keep_graph: Keep the graphs of all batches between products: faster, and the memory of the whole
+                data at once. None: only where there is but one batch.
+        """
+        return OverBatches(
+            self, "hessian", lambda b, _: Hessian(self._loss(b)[0], self.parameters), keep_graph
+        )
+
+    def gauss_newton(self, *, keep_graph: bool | None = None) -> LinearOperator:
+        """The generalised Gauss-Newton matrix, shape (n, n); ``keep_graph`` as in ``hessian``."""
+        return OverBatches(
+            self,
+            "gauss_newton",
+            lambda batch, _: GaussNewton(*self._loss(batch), self.parameters),
+            keep_graph,
+        )
+
+    def fisher(
+        self,
+        *,
+        likelihood: str = "categorical",
+        num_samples: int | None = None,
+        seed: int = 0,
+        keep_graph: bool | None = None,
+    ) -> LinearOperator:
+        """The Fisher matrix, shape (n, n), of the likelihood; ``loss`` is not asked.
+
+        Args:
+            likelihood: "categorical", "bernoulli" or "normal".
+            num_samples: Targets drawn for each sample; None for the exact matrix. What is drawn depends on
+                how the data is cut into batches.
+            seed: Of the draws; the same in every product.
+            keep_graph: As in ``hessian``.
+        """
+        options: dict[str, Any] = dict(
+            likelihood=likelihood, reduction=self.reduction, num_samples=num_samples
+        )
+
+        def build(batch: Batch, index: int) -> Fisher:
+            outputs = call(self.model, batch[0])
+            return Fisher(outputs, self.parameters, seed=seed + index, **options)
+
+        return OverBatches(self, "fisher", build, keep_graph)
+
+    def empirical_fisher(self, *, keep_graph: bool | None = None) -> LinearOperator:
+        """Mean (or sum) of the outer products of the samples' gradients; ``keep_graph`` as in ``hessian``.
+
+        Outputs and targets must be tensors with samples in their first dimension.
+        """
+
+        def of_sample(output: Tensor, target: Tensor) -> Tensor:
+            return self.loss(output.unsqueeze(0), target.unsqueeze(0)).squeeze()
+
+        def build(batch: Batch, _: int) -> EmpiricalFisher:
+            losses = torch.vmap(of_sample)(call(self.model, batch[0]), batch[1])
+            return EmpiricalFisher(losses, self.parameters, reduction=self.reduction)
+
+        return OverBatches(self, "empirical_fisher", build, keep_graph)
+
+    def operators(self, name: str, build: Build) -> Generator[tuple[ParameterOperator, int], None, None]:
+        """The operator of each batch, with the number of its samples; to be closed."""
+        with contextlib.closing(self._walk(name)) as batches:
+            for index, batch in enumerate(batches):
+                with torch.enable_grad():
+                    built = [self._ladder.climb(lambda: tried(build(batch, index)))]  # noqa: B023
+                # Nothing here holds on to its graph.
+                yield built.pop(), count_samples(batch)
+
+    def _sum(self, name: str, on_batch: Callable[[Batch, int], Tensor]) -> tuple[Tensor, int]:
+        """Sum over batches, a mean being weighted with the batch's size, and the number of samples."""
+        total, samples = None, 0
+        # Closed at once, also after an exception: it is then that the random state comes back.
+        with contextlib.closing(self._walk(name)) as batches:
+            for index, batch in enumerate(batches):
+                n = count_samples(batch)
+                samples += n
+                part = on_batch(batch, index) * (n if self.reduction == "mean" else 1)
+                total = part if total is None else total + part
+        if total is None:
+            raise ValueError("data must hold at least one sample, got none.")
+        self._is_checked = True
+        return total, samples
+
+    def _walk(self, name: str) -> Generator[Batch, None, None]:
+        """One pass over the batches, with a model that may have changed its mode since."""
+        check_deterministic(self.model)
+        with contextlib.closing(self._batches.walk(name if self._progress else None)) as batches:
+            for batch in batches:
+                if count_samples(batch):
+                    yield batch
+
+    def _reduced(self, total: Tensor, samples: int) -> Tensor:
+        return total / samples if self.reduction == "mean" else total
+
+    def _flat(self) -> Tensor:
+        return flatten([p.detach() for p in self.parameters])
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Loss and outputs of a batch; in the first pass they are looked at more closely."""
+        if self._is_checked:
+            outputs = call(self.model, batch[0])
+            return self.loss(outputs, batch[1]), outputs
+        outputs = _checked_call(self.model, batch[0])
+        value = self.loss(outputs, batch[1])
+        self._reduction_check.look_at(value, outputs, batch)
+        return value, outputs
+
+    def __repr__(self) -> str:
+        n = sum(p.numel() for p in self.parameters)
+        return f"Objective({type(self.model).__name__}, {n} parameters, l2={self.l2}, {self.reduction!r})"
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+class OverBatches(LinearOperator):
+    """The sum of one operator for each batch, weighted, and the L2 term; at the parameters as they were."""
+
+    def __init__(self, objective: Objective, name: str, build: Build, keep_graph: bool | None) -> None:
+        first = objective.parameters[0]
+        n = sum(p.numel() for p in objective.parameters)
+        super().__init__((n, n), first.dtype, first.device)
+        self._parts = objective.parameters
+        self._objective, self._name, self._build, self._keep_graph = objective, name, build, keep_graph
+        self._versions = self._read_versions()
+        self._kept: list[tuple[ParameterOperator, int]] | None = None
+
+    def _read_versions(self) -> list[tuple[int, int]]:
+        """What changes with the parameters: in place, or by new data."""
+        return [(p._version, p.data_ptr()) for p in self._objective.parameters]
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self._sum(lambda operator: operator @ v) + self._objective.l2 * v
+
+    def _sum(self, of_batch: Callable[[ParameterOperator], Tensor]) -> Tensor:
+        """What one operator for each batch gives, reduced over the samples."""
+        if self._read_versions() != self._versions:
+            raise RuntimeError("the parameters have changed since this operator was made; make a new one.")
+        objective = self._objective
+        total, samples = torch.zeros((), dtype=self.dtype, device=self.device), 0
+        kept: list[tuple[ParameterOperator, int]] = []
+        with contextlib.ExitStack() as stack:
+            operators: Iterable[tuple[ParameterOperator, int]] = self._kept or stack.enter_context(
+                contextlib.closing(objective.operators(self._name, self._build))
+            )
+            for operator, n in operators:
+                total = total + of_batch(operator) * (n if objective.reduction == "mean" else 1)
+                if self._keep_graph or (self._keep_graph is None and samples == 0):
+                    kept.append((operator, n))
+                else:
+                    kept.clear()
+                samples += n
+                # Its graph goes before the next batch comes.
+                del operator
+        if not samples:
+            raise ValueError("data must hold at least one sample, got none.")
+        self._kept = kept or None
+        objective._is_checked = True
+        return objective._reduced(total, samples)
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self._matvec(V)
+
+    def diagonal(self, chunk_size: int = 128) -> Tensor:
+        """The diagonal, shape (n,), in one pass over the data."""
+        return self._sum(lambda operator: operator.diagonal(chunk_size)) + self._objective.l2
+
+    def dense(self, chunk_size: int = 128) -> Tensor:
+        """The matrix, shape (n, n), in one pass over the data."""
+        dense = self._sum(lambda operator: operator.dense(chunk_size))
+        dense.diagonal().add_(self._objective.l2)
+        return dense
+
+    def __repr__(self) -> str:
+        return f"OverBatches({self._name!r} of {self._objective!r}, shape={self.shape}, dtype={self.dtype})"
+
+
+def _checked_call(model: nn.Module, inputs: Any) -> Any:
+    """``model(inputs)``; raises where that draws random numbers or writes to a buffer."""
+    random = RandomState()
+    random.save()
+    versions = {name: buffer._version for name, buffer in model.named_buffers()}
+    outputs = call(model, inputs)
+    for name, buffer in model.named_buffers():
+        if buffer._version != versions.get(name, buffer._version):
+            raise ValueError(
+                f"model must not write to its buffers, {name!r} has changed; call model.eval() first."
+            )
+    if random.has_moved():
+        raise ValueError("model must not draw random numbers in its forward pass; call model.eval() first.")
+    return outputs

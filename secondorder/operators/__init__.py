@@ -1,0 +1,1 @@
+"""``A @ v`` on flat vectors: algebra, curvature matrices with respect to parameters."""

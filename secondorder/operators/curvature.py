@@ -1,0 +1,365 @@
+"""Curvature matrices with respect to parameters, as operators on a kept graph.
+
+The function is evaluated once; its gradient (or, for the Gauss-Newton and Fisher matrices, the map
+``u -> J^T u``) is kept with its graph, and every product repeats only the linear part.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secondorder.autodiff import ladder
+from secondorder.autodiff.backward import HessianGraph, pull
+from secondorder.autodiff.convolutions import lighten_gradients
+from secondorder.autodiff.graph import Kinds, Source, refuse_wrong
+from secondorder.functional import output_hessians
+from secondorder.operators.parameters import Jacobian, ParameterOperator, Pull, ThroughOutputs, tried
+from secondorder.vectors import arguments
+from secondorder.vectors.arguments import MaybeTensors
+from secondorder.vectors.flat import flatten, unflatten
+from secondorder.vectors.tree import Tree, scalar
+
+Function = Callable[..., Any]
+
+
+class Block(NamedTuple):
+    """One convex loss of the network's outputs, as the Gauss-Newton matrix sees it.
+
+    Attributes:
+        loss: Scalar or tensor of losses, computed from ``outputs`` in the graph.
+        outputs: Outputs of the network in the graph, any shapes; the loss may couple them.
+        weight: Derivative of the objective with respect to ``loss``, of its shape.
+    """
+
+    loss: Tensor
+    outputs: tuple[Tensor, ...]
+    weight: Tensor
+
+
+class GradientBlock(NamedTuple):
+    """A ``Block`` by the gradient of its weighted loss.
+
+    Attributes:
+        gradients: With respect to each of the outputs, in the graph.
+        outputs: Tensors, or their places in the graph.
+    """
+
+    gradients: tuple[Tensor, ...]
+    outputs: tuple[Source, ...]
+
+
+class Hessian(ParameterOperator):
+    """Hessian of a scalar loss with respect to parameters, flat.
+
+    Args:
+        loss: A scalar that carries a graph.
+        parameters: Tensors of one dtype and device that require gradients and of which ``loss`` may be a
+            function; the blocks of those it does not depend on are zero.
+        keep_graph: Keep the graph of the gradient between products; without it only the graph of the loss is
+            kept, and each product takes the gradient anew.
+        batched: How a block of vectors is multiplied: True, in one batched backward pass; False, one after
+            another; None, whichever is faster, measured with the first block of at least eight columns.
+
+    Attributes:
+        gradient: Of the loss, flat.
+        parameters: As given.
+
+    Raises:
+        ValueError: ``loss`` is not a scalar with a graph, or depends on none of the parameters;
+            ``parameters`` is empty, mixed or frozen.
+        RuntimeError: ``loss`` was computed with an operation whose second derivative torch gets wrong.
+
+    Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.3 gradients (transformer), 1.9 to
+    3.1 without ``keep_graph``. Memory, in peaks of a gradient: up to 2.2 are held and a product adds up to
+    1.7; without ``keep_graph`` 1.0 and 2.7 (``tests/operators/test_memory.py``).
+
+    Reference: Pearlmutter (1994), Fast exact multiplication by the Hessian.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> Hessian(x.pow(3).sum(), [x]) @ torch.ones(2)
+        tensor([ 6., 12.])
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        parameters: Iterable[Tensor],
+        *,
+        keep_graph: bool = True,
+        batched: bool | None = None,
+    ) -> None:
+        super().__init__(parameters, batched)
+        _check_loss(loss)
+        refuse_wrong((loss,), self.parameters)
+        self._loss = loss
+        grads = self._differentiate()
+        if all(grad is None for grad in grads):
+            raise ValueError("loss must depend on at least one of the parameters, but it does on none.")
+        self.gradient = flatten(
+            [
+                torch.zeros_like(p) if g is None else g.detach()
+                for g, p in zip(grads, self.parameters, strict=True)
+            ]
+        )
+        kinds = Kinds.of((loss, *grads), self.parameters)
+        # How to multiply: see HessianGraph. Where ``v^T H`` may be NaN the first product finds out.
+        self._by_rows, self._may_be_nan = kinds.divide, kinds.may_be_nan
+        self._kept = self._graph_of(grads) if keep_graph else None
+
+    @classmethod
+    def of(
+        cls, func: Function, inputs: Any, *, keep_graph: bool = True, batched: bool | None = None
+    ) -> Hessian:
+        """The Hessian of ``func`` at ``inputs``: a tensor, a tuple of arguments, or any pytree.
+
+        Where a derivative is missing or known to be wrong, ``func`` is called once more under
+        ``decompose()``.
+
+        Example:
+            >>> H = Hessian.of(lambda x: x.pow(3).sum(), torch.tensor([1.0, 2.0]))
+            >>> H.gradient, H.diagonal()
+            (tensor([ 3., 12.]), tensor([ 6., 12.]))
+        """
+        tree = Tree.of(inputs, "Hessian.of")
+
+        def build() -> Hessian:
+            loss = scalar(tree.call(func), "Hessian.of")
+            hessian = cls(loss, tree.leaves, keep_graph=keep_graph, batched=batched)
+            return tried(hessian)
+
+        return ladder.climb(build)
+
+    def _differentiate(self) -> MaybeTensors:
+        arguments.refuse_inference_mode()
+        return torch.autograd.grad(
+            self._loss, self.parameters, torch.ones_like(self._loss), create_graph=True, allow_unused=True
+        )
+
+    def _graph_of(self, grads: MaybeTensors) -> HessianGraph:
+        if self._by_rows:
+            return HessianGraph.by_rows(self._loss, grads, self.parameters)
+        lighten_gradients(grads, (self._loss,))
+        return HessianGraph(grads, self.parameters)
+
+    def _graph(self) -> HessianGraph:
+        """The graph, kept or built anew."""
+        return self._graph_of(self._differentiate()) if self._kept is None else self._kept
+
+    def differentiated(self) -> MaybeTensors:
+        """The gradient in the graph, kept or taken anew."""
+        return self._graph().outputs
+
+    def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
+        product = self._multiply(parts, grad)
+        if self._may_be_nan and not self._by_rows:
+            self._may_be_nan = False
+            if not all(bool(part.isfinite().all()) for part in product):
+                self._by_rows = True
+                if self._kept is not None:
+                    self._kept = self._graph_of(self._kept.outputs)
+                product = self._multiply(parts, grad)
+        return product
+
+    def _multiply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
+        outputs, inputs = self._graph()
+        # What is constant or missing contributes nothing to the second derivative.
+        live = [
+            (g, part) for g, part in zip(outputs, parts, strict=True) if g is not None and g.requires_grad
+        ]
+        if not live:
+            return [torch.zeros_like(part) for part in parts]
+        return grad([g for g, _ in live], inputs, [part for _, part in live])
+
+    def _keep(self, indices: list[int]) -> None:
+        parts = unflatten(self.gradient, self.parameters)
+        self.gradient = flatten([parts[i] for i in indices])
+        if self._kept is not None:
+            outputs, inputs = self._kept
+            self._kept = HessianGraph(tuple(outputs[i] for i in indices), tuple(inputs[i] for i in indices))
+
+
+class GaussNewton(ThroughOutputs):
+    """Generalised Gauss-Newton matrix ``sum_k J_k^T (w_k H_k) J_k``, flat.
+
+    ``J_k`` is the Jacobian of block ``k``'s outputs with respect to the parameters, ``H_k`` the Hessian
+    of its loss with respect to the outputs, ``w_k`` its weight. Positive semidefinite where the losses
+    are convex in the outputs and the weights non-negative.
+
+    Args:
+        loss: A scalar computed from ``outputs``, convex in them.
+        outputs: The network's outputs in the graph, a tensor or a tuple of tensors.
+        parameters: Tensors of one dtype and device that require gradients.
+        keep_graph: Keep the graph of ``u -> J^T u`` between products; without it, each product builds it
+            anew.
+        batched: As in ``Hessian``.
+
+    Attributes:
+        jacobian: ``J`` of all outputs, an operator of shape (outputs, parameters).
+        kernel: ``J J^T``, shape (outputs, outputs).
+        parameters: As given.
+
+    Raises:
+        ValueError: ``loss`` or ``outputs`` carry no graph, or have nothing to do with one another;
+            ``parameters`` is empty, mixed or frozen.
+
+    Cost: construction, one gradient with a graph; a product, 0.9 (CNN) to 1.6 gradients (transformer), 1.5 to
+    2.3 without ``keep_graph``. Memory, in peaks of a gradient: up to 1.9 are held and a product adds up to
+    1.2; without ``keep_graph`` 0.9 and 1.8 (``tests/operators/test_memory.py``).
+
+    Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> outputs = w.square()
+        >>> GaussNewton((outputs - 1).square().sum(), outputs, [w]) @ torch.ones(2)
+        tensor([ 8., 32.])
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        outputs: Tensor | tuple[Tensor, ...],
+        parameters: Iterable[Tensor],
+        *,
+        keep_graph: bool = True,
+        batched: bool | None = None,
+    ) -> None:
+        _check_loss(loss)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        block = Block(loss, outputs, torch.ones_like(loss))
+        self._set_up([block], parameters, keep_graph, batched)
+        if not self.has_curvature():
+            warnings.warn(
+                "the Gauss-Newton matrix is zero: the loss is linear in the outputs, as nll_loss is in"
+                " log-probabilities. Take the logits for outputs, with cross_entropy.",
+                stacklevel=2,
+            )
+
+    def has_curvature(self) -> bool:
+        """Whether the first block's loss is curved in its outputs, found out with one random vector there.
+
+        Cost: a product with the Hessian of the loss in the space of outputs, and one host read.
+        """
+        multiply, where = self._middles[0]
+        generator = torch.Generator("cpu").manual_seed(0)
+        outputs = self.jacobian.outputs[where]
+        parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in outputs]
+        return any(bool(part.any()) for part in multiply(parts, pull))
+
+    @classmethod
+    def of_blocks(
+        cls,
+        blocks: Sequence[Block | GradientBlock],
+        parameters: Iterable[Tensor],
+        *,
+        keep_graph: bool = True,
+        batched: bool | None = None,
+    ) -> GaussNewton:
+        """The operator of a sum of weighted losses, each of outputs of its own."""
+        operator = cls.__new__(cls)
+        operator._set_up(blocks, parameters, keep_graph, batched)
+        return operator
+
+    @classmethod
+    def of(
+        cls,
+        func: Function,
+        loss: Function,
+        inputs: Any,
+        *,
+        keep_graph: bool = True,
+        batched: bool | None = None,
+    ) -> GaussNewton:
+        """The Gauss-Newton matrix of ``loss(func(inputs))`` at ``inputs``: a tensor, a tuple, or any pytree.
+
+        The loss's Hessian is a closed form where ``ggnvp`` knows one. Where a derivative is missing, ``func``
+        is called once more under ``decompose()``.
+        """
+        tree = Tree.of(inputs, "GaussNewton.of")
+
+        def build() -> GaussNewton:
+            outputs = arguments.as_tuple(tree.call(func), arguments.OUTPUTS, "GaussNewton.of")[1]
+            with torch.enable_grad():
+                value, closed = output_hessians.evaluate(loss, outputs)
+            operator = cls(value, outputs, tree.leaves, keep_graph=keep_graph, batched=batched)
+            if closed is not None:
+                operator._middles = [(_by_closed_form(closed), slice(0, 1))]
+            return tried(operator)
+
+        return ladder.climb(build)
+
+    def _set_up(
+        self,
+        blocks: Sequence[Block | GradientBlock],
+        parameters: Iterable[Tensor],
+        keep_graph: bool,
+        batched: bool | None,
+    ) -> None:
+        super().__init__(parameters, batched)
+        if not blocks:
+            raise ValueError("blocks must hold at least one loss of outputs, got none.")
+        outputs: list[Source] = []
+        # For each block: how it multiplies, and which of all outputs are its own.
+        self._middles: list[tuple[_Middle, slice]] = []
+        for block in blocks:
+            curved, own = _curved(block)
+            start = len(outputs)
+            outputs += own
+            self._middles.append((_by_autograd(curved), slice(start, len(outputs))))
+        self._is_zero = not outputs
+        every = outputs or [output for block in blocks for output in block.outputs]
+        self.jacobian = Jacobian(every, self.parameters, keep_graph=keep_graph, batched=batched)
+
+    def _middle(self, parts: list[Tensor], grad: Pull) -> list[Tensor]:
+        if self._is_zero:
+            return [torch.zeros_like(part) for part in parts]
+        products: list[Tensor] = []
+        for multiply, where in self._middles:
+            products += multiply(parts[where], grad)
+        return products
+
+
+_Middle = Callable[[list[Tensor], Pull], list[Tensor]]
+
+
+def _by_autograd(curved: HessianGraph) -> _Middle:
+    """``w_k H_k u_k`` for one block; blocks do not share a second derivative."""
+    live = [i for i, output in enumerate(curved.outputs) if output is not None and output.requires_grad]
+    outputs = [output for output in curved.outputs if output is not None and output.requires_grad]
+    return lambda parts, grad: grad(outputs, curved.inputs, [parts[i] for i in live]) if live else []
+
+
+def _by_closed_form(product: output_hessians.Product) -> _Middle:
+    return lambda parts, _: [product(parts[0])]
+
+
+def _curved(block: Block | GradientBlock) -> tuple[HessianGraph, list[Source]]:
+    """The graph of a loss's Hessian, and its outputs; those that the loss is linear in are left out."""
+    loss, grads = (None, block.gradients) if isinstance(block, GradientBlock) else _differentiated(block)
+    pairs = [(g, z) for g, z in zip(grads, block.outputs, strict=True) if g is not None and g.requires_grad]
+    outputs = [z for _, z in pairs]
+    return HessianGraph.of(loss, tuple(g for g, _ in pairs), tuple(outputs)), outputs
+
+
+def _differentiated(block: Block) -> tuple[Tensor, MaybeTensors]:
+    if not block.loss.requires_grad or not all(output.requires_grad for output in block.outputs):
+        raise ValueError("loss and outputs must carry a graph; compute them with gradients on.")
+    grads = torch.autograd.grad(block.loss, block.outputs, block.weight, create_graph=True, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError("loss must depend on outputs; pass the tensors it was computed from.")
+    return block.loss, grads
+
+
+def _check_loss(loss: Tensor) -> None:
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with mean() or sum()."
+        )
+    if not loss.requires_grad:
+        raise ValueError("loss must carry a graph; compute it from the parameters with gradients on.")

@@ -1,0 +1,1 @@
+"""Tuples of tensors and flat vectors, trees, arguments: what all else passes around."""
