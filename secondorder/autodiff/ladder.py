@@ -111,9 +111,9 @@ def explained(remedy: str | None = None) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise RuntimeError(
-            "a block under torch.utils.checkpoint was computed again by other operations than before, which"
-            " its derivatives need; keep attention and normalisation layers out of the checkpoint, or do"
-            " without it."
+            "a block under torch.utils.checkpoint was computed again by other operations than before: one in"
+            " it has no right derivative of this order in torch (weight_norm, hardsigmoid, a normalisation"
+            " layer with create_graph); keep it out of the checkpoint, or do without that."
         ) from error
     except RuntimeError as error:
         name, kind = _missing(error)

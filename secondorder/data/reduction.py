@@ -132,5 +132,11 @@ def _joined(first: Samples, second: Samples) -> Samples | None:
 
 
 def _shapes(value: Any) -> Any:
-    """With shapes in the place of tensors."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), value)
+    """With shapes in the place of tensors, and the kind of what is neither tensor nor number."""
+
+    def short(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return tuple(leaf.shape)
+        return leaf if isinstance(leaf, int | float | str | None) else type(leaf).__name__
+
+    return pytree.tree_map(short, value)
