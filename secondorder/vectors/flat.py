@@ -62,7 +62,7 @@ def on_parts(function: Callable[[Tensor], Tensor], parts: Any, like: Sequence[Te
         like: None where there is no such structure.
 
     Raises:
-        TypeError: ``parts`` is something else, or there is no structure.
+        TypeError: ``parts`` is something else or of several dtypes, or there is no structure.
         ValueError: ``parts`` holds something else than tensors of these shapes.
     """
     kind = type(parts).__name__
@@ -78,5 +78,7 @@ def on_parts(function: Callable[[Tensor], Tensor], parts: Any, like: Sequence[Te
         if not isinstance(part, Tensor) or part.shape != tensor.shape:
             got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
             raise ValueError(f"v[{index}] must be a tensor of shape {tuple(tensor.shape)}, got {got}.")
+        if part.dtype != parts[0].dtype:
+            raise TypeError(f"v must hold tensors of one dtype, got {parts[0].dtype} and {part.dtype}.")
     results = unflatten(function(flatten(parts)), like)
     return type(parts)(*results) if hasattr(parts, "_fields") else type(parts)(results)

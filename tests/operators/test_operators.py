@@ -337,7 +337,7 @@ def test_products_with_a_list_of_tensors_equal_dense():
 
 
 @pytest.mark.parametrize(
-    "kind", ["count", "shape", "names", "entries", "dict", "number", "no_parts", "dtype"]
+    "kind", ["count", "shape", "names", "entries", "dict", "number", "no_parts", "dtype", "dtypes"]
 )
 def test_what_is_no_list_of_parts_is_named(kind):
     hessian = of_two_parameters()
@@ -359,6 +359,12 @@ def test_what_is_no_list_of_parts_is_named(kind):
             v,
             TypeError,
             r"got list; join .* parameters_to_vector",
+        ),
+        "dtypes": (
+            hessian,
+            [v[0], v[1].float()],
+            TypeError,
+            "one dtype, got torch.float64 and torch.float32",
         ),
         "dtype": (hessian, [x.float() for x in v], TypeError, "dtype torch.float64, got torch.float32"),
     }
