@@ -18,7 +18,7 @@ import optim
 OPTIMIZERS = {"newton": optim.Newton, "hessian_free": optim.HessianFree, "gauss_newton": optim.GaussNewton}
 # The frameworks' own warnings are theirs.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
-EXAMPLE = Path(__file__).parent.parent / "examples" / "lightning_digits.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_digits.py"
 
 
 @pytest.fixture(params=OPTIMIZERS)

@@ -492,7 +492,7 @@ class TestHessianFreeRecipe:
             starts.append(options["x0"])
             return cg(A, b, **options)
 
-        monkeypatch.setattr("optim.hessian_free.cg", spy)
+        monkeypatch.setattr("optim.optimizers.hessian_free.cg", spy)
         case = zoo.network("mlp_cross_entropy")
         optimizer = optim.HessianFree(case.model.parameters(), decay=0.5)
         for _ in range(2):
