@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from secondorder.autodiff import compositions, switches
 from secondorder.autodiff.graph import WrongDerivativeError
-from secondorder.autodiff.guard import is_transformed
 
 # A context in which derivatives are taken.
 Rung = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -59,8 +58,8 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
     Replaced are: scaled-dot-product attention (the math kernel is forced; so are ``MultiheadAttention`` and
     ``TransformerEncoderLayer``), weight_norm (both APIs), batch, layer, group and instance norm,
     embedding_bag, mse_loss, huber_loss, soft_margin_loss, cdist, pdist, hardsigmoid, multi_margin_loss,
-    cholesky_inverse, logcumsumexp, and sparse_coo_tensor of values that are differentiated (by a strided
-    tensor). cuDNN is off. Values agree with torch's to rounding.
+    cholesky_inverse, logcumsumexp, det of singular matrices, and sparse_coo_tensor of values that are
+    differentiated (by a strided tensor). cuDNN is off. Values agree with torch's to rounding.
 
     Cost: some more kernels and intermediate tensors for the operations above; a microsecond for others.
 
@@ -110,6 +109,9 @@ WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.pdist: compositions.pdist,
     torch.cholesky_inverse: compositions.cholesky_inverse,
     Tensor.cholesky_inverse: compositions.cholesky_inverse,
+    torch.det: compositions.det,
+    torch.linalg.det: compositions.det,
+    Tensor.det: compositions.det,
     torch.logcumsumexp: compositions.logcumsumexp,
     Tensor.logcumsumexp: compositions.logcumsumexp,
     # Their cuDNN kernels have none.
@@ -135,13 +137,9 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
 class forward_mode(TorchFunctionMode):  # noqa: N801 - used as a function, like torch.no_grad
     """Context for functions of dual numbers: operations whose forward derivatives torch gets wrong (2.13).
 
-    Replaced are cholesky_inverse and group_norm (whose batching rule is wrong for some shapes). Refused are
-    products in scatter_reduce and, for ``order`` 2, determinants of singular matrices.
+    Replaced are cholesky_inverse, group_norm (whose batching rule is wrong for some shapes) and determinants
+    of singular matrices. Refused are products in scatter_reduce.
     """
-
-    def __init__(self, order: int) -> None:
-        super().__init__()
-        self._order = order
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -150,33 +148,19 @@ class forward_mode(TorchFunctionMode):  # noqa: N801 - used as a function, like 
         options = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, str)]
         if name in _SCATTERS and "prod" in options:
             raise _wrong_forward("scatter_reduce with reduce='prod'")
-        result = _IN_FORWARD_MODE.get(name, func)(*args, **kwargs)
-        if self._order == 2 and name in _DETERMINANTS and _is_special(*args, **kwargs, determinant=result):
-            raise _wrong_forward("det of a singular matrix")
-        return result
+        return _IN_FORWARD_MODE.get(name, func)(*args, **kwargs)
 
 
 _IN_FORWARD_MODE: dict[str, Callable[..., Any]] = {
     "cholesky_inverse": compositions.cholesky_inverse,
     "group_norm": compositions.group_norm,
+    "det": compositions.det,
+    "linalg_det": compositions.det,
 }
 _SCATTERS = {"scatter_reduce", "scatter_reduce_"}
-_DETERMINANTS = {"det", "linalg_det"}
 
 
 def _wrong_forward(what: str) -> WrongDerivativeError:
     return WrongDerivativeError(
         f"the derivative of {what} is wrong in torch's forward mode; use reverse mode.", is_decomposed=False
     )
-
-
-def _is_special(A: Tensor, *, determinant: Tensor, **_: Any) -> bool:
-    """Whether a matrix in a batch is singular, to rounding, by Hadamard's bound.
-
-    Under ``torch.func`` the identity is enough to get NaN: none is taken for regular there.
-    """
-    if is_transformed(A):
-        return True
-    with torch._C.DisableTorchFunction():
-        bound = torch.linalg.vector_norm(A.detach(), dim=-1).prod(-1)
-        return bool((determinant.detach().abs() <= torch.finfo(bound.dtype).eps ** 0.5 * bound).any())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -182,7 +182,11 @@ _WRONG_THIRD = {**_WRONG_LINEAR, **{f"{node}Backward0": name for node, name in _
 
 
 def refuse_wrong(
-    values: Iterable[Source], inputs: Iterable[Tensor] | None = None, *, create_graph: bool = False
+    values: Iterable[Source],
+    inputs: Iterable[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    is_given: bool = False,
 ) -> None:
     """Raise WrongDerivativeError where the gradient of ``values`` has derivatives that are known to be wrong.
 
@@ -190,9 +194,10 @@ def refuse_wrong(
         values: To be differentiated twice, and once more with ``create_graph``.
         inputs: With respect to which; with respect to all leaves when None.
         create_graph: The products will be differentiated too.
+        is_given: There is no function to compute the values again: what is right by some products passes.
     """
     order, wrong = ("third", _WRONG | _WRONG_THIRD) if create_graph else ("second", _WRONG)
-    _refuse(tuple(values), inputs, wrong, order)
+    _refuse(tuple(values), inputs, wrong, order, _is_singular_det if not is_given else None)
 
 
 def refuse_wrong_rows(
@@ -204,11 +209,17 @@ def refuse_wrong_rows(
 
 
 def _refuse(
-    values: tuple[Source, ...], inputs: Iterable[Tensor] | None, wrong: dict[str, str], order: str
+    values: tuple[Source, ...],
+    inputs: Iterable[Tensor] | None,
+    wrong: dict[str, str],
+    order: str,
+    at_this_point: Callable[[Node, str], str | None] | None = None,
 ) -> None:
     found = {}
     for node in nodes(values):
         name = wrong.get(node.name())
+        if name is None and at_this_point is not None:
+            name = at_this_point(node, node.name())
         if name is not None:
             found[node] = WrongDerivativeError(
                 f"the {order} derivative of {name} is wrong in torch; compute the loss inside"
@@ -222,6 +233,19 @@ def _refuse(
     for node in found if inputs is None else between(values, inputs):
         if node in found:
             raise found[node]
+
+
+def _is_singular_det(node: Any, name: str) -> str | None:
+    """Torch's formulas solve with the matrix."""
+    if name == "LinalgDetBackward0" and is_singular(node._saved_A, node._saved_result):
+        return "the determinant of a singular matrix"
+    return None
+
+
+def is_singular(A: Tensor, determinant: Tensor) -> bool:
+    """Whether a matrix in a batch is, to rounding, by Hadamard's bound: one host read."""
+    bound = torch.linalg.vector_norm(A.detach(), dim=-1).prod(-1)
+    return bool((determinant.detach().abs() <= torch.finfo(bound.dtype).eps ** 0.5 * bound).any())
 
 
 # Of custom Functions: Python's own class, which type checkers take for no node.

@@ -209,7 +209,7 @@ def _gradient_for_forward_mode(func: Function, has_aux: bool) -> Callable[..., O
 
         def scalar(*inner: Tensor) -> tuple[Tensor, Tensors]:
             nonlocal rebuild
-            with forward_mode(order=2):
+            with forward_mode():
                 value, aux = arguments.call_scalar(func, inner, "hessian", False, has_aux)
             tensors, rebuild = arguments.split_tensors((value, aux))
             if value.is_complex():
@@ -300,7 +300,7 @@ def _forward_jacobian(
     """By forward mode; row by row where torch.func, under which it runs, refuses the function."""
 
     def outputs_of(*points: Tensor) -> Outputs:
-        with forward_mode(order=1):
+        with forward_mode():
             return arguments.call(func, points, "jacobian", False, has_aux)
 
     return _or_else(

@@ -329,7 +329,7 @@ def _push(func: Function, inputs: Any, v: Any, has_aux: bool) -> tuple[arguments
         is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", "jvp")
         inputs = arguments.fresh_inputs(inputs, False)
         vector = arguments.input_vector(v, inputs, is_inputs_tuple, False, "jvp")
-        with forward_mode(order=1):
+        with forward_mode():
             found = arguments.call(func, second_order.duals(inputs, vector), "jvp", False, has_aux)
         parts = [forward_ad.unpack_dual(output) for output in found.tensors]
         product = tuple(torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in parts)

@@ -122,7 +122,7 @@ def forward_over_reverse(func: Function, inputs: Any, v: Any, has_aux: bool) -> 
         inputs = arguments.fresh_inputs(inputs, False)
         vector = arguments.input_vector(v, inputs, is_inputs_tuple, False, "hvp")
         points = duals(inputs, vector)
-        with forward_mode(order=2):
+        with forward_mode():
             value, aux = arguments.call_scalar(func, points, "hvp", False, has_aux)
         # Without a graph the tangent of this gradient would be wrong for solve and det (torch 2.13).
         grads = arguments.grad((value,), points, create_graph=True)

@@ -96,7 +96,7 @@ class Hessian(ParameterOperator):
     ) -> None:
         super().__init__(parameters, batched)
         _check_loss(loss)
-        refuse_wrong((loss,), self.parameters)
+        refuse_wrong((loss,), self.parameters, is_given=True)
         self._loss = loss
         grads = self._differentiate()
         if all(grad is None for grad in grads):
@@ -130,6 +130,7 @@ class Hessian(ParameterOperator):
 
         def build() -> Hessian:
             loss = scalar(tree.call(func), "Hessian.of")
+            refuse_wrong((loss,), tree.leaves)
             hessian = cls(loss, tree.leaves, keep_graph=keep_graph, batched=batched)
             return tried(hessian)
 
