@@ -20,6 +20,7 @@ ORDER = [
     "secondorder.autodiff.guard",
     "secondorder.autodiff.switches",
     "secondorder.autodiff.compositions",
+    "secondorder.autodiff.determinant",
     "secondorder.autodiff.decompose",
     "secondorder.autodiff.ladder",
     "secondorder.autodiff.convolutions",

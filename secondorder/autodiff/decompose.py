@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from secondorder.autodiff import compositions, switches
+from secondorder.autodiff.determinant import det
 from secondorder.autodiff.graph import WrongDerivativeError
 
 # A context in which derivatives are taken.
@@ -109,9 +110,9 @@ WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.pdist: compositions.pdist,
     torch.cholesky_inverse: compositions.cholesky_inverse,
     Tensor.cholesky_inverse: compositions.cholesky_inverse,
-    torch.det: compositions.det,
-    torch.linalg.det: compositions.det,
-    Tensor.det: compositions.det,
+    torch.det: det,
+    torch.linalg.det: det,
+    Tensor.det: det,
     torch.logcumsumexp: compositions.logcumsumexp,
     Tensor.logcumsumexp: compositions.logcumsumexp,
     # Their cuDNN kernels have none.
@@ -154,8 +155,8 @@ class forward_mode(TorchFunctionMode):  # noqa: N801 - used as a function, like 
 _IN_FORWARD_MODE: dict[str, Callable[..., Any]] = {
     "cholesky_inverse": compositions.cholesky_inverse,
     "group_norm": compositions.group_norm,
-    "det": compositions.det,
-    "linalg_det": compositions.det,
+    "det": det,
+    "linalg_det": det,
 }
 _SCATTERS = {"scatter_reduce", "scatter_reduce_"}
 
