@@ -103,6 +103,8 @@ def others():
     return {**torchs, **{cls.__name__: cls for cls in OPTIMIZERS.values()}}
 
 
+# Torch's own LBFGS, in 2.8.
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
 @pytest.mark.parametrize("name", others())
 def test_of_another_optimizer(make, name):
     other, model = others()[name], network()
