@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away
 from optim.closure.losses import LossLog
 from secondorder.autodiff.compat import dispatch_backward, in_checkpoint
-from secondorder.autodiff.decompose import CUDNN, WITHOUT_SECOND_DERIVATIVE
+from secondorder.autodiff.decompose import CUDNN, DETERMINANTS, WITHOUT_SECOND_DERIVATIVE
+from secondorder.autodiff.graph import is_singular
 from secondorder.autodiff.guard import RandomState, WriteGuard, is_transformed
 
 dispatch_backward()
@@ -152,8 +153,10 @@ def _refuse_checkpoint(func: Any, args: Any) -> None:
 
     In backward passes a checkpoint computes again without the mode, by torch's own operation.
     """
-    # On CPU torch's own is meant.
+    # On CPU, and of regular matrices, torch's own is meant.
     same = func in CUDNN and not args[0].is_cuda
+    if func in DETERMINANTS:
+        same = not is_singular(args[0], torch.linalg.det(args[0].detach()))
     if not same and in_checkpoint():
         raise RuntimeError(
             f"{func.__name__} has no right second derivative in torch, and its decomposition cannot be"

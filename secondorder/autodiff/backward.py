@@ -71,9 +71,7 @@ def _pulled(
         )
 
 
-def gradient_of(
-    outputs: Tensors, inputs: Tensors, v: Tensors | None, create_graph: bool, retain_graph: bool | None = None
-) -> MaybeTensors:
+def gradient_of(outputs: Tensors, inputs: Tensors, v: Tensors | None, create_graph: bool) -> MaybeTensors:
     """``v^T d outputs / d inputs``; with ``create_graph``, only where all its derivatives are right.
 
     Raises:
@@ -81,7 +79,7 @@ def gradient_of(
     """
     if create_graph:
         graph.refuse_wrong(outputs, inputs, create_graph=True)
-    grads = grad(outputs, inputs, v, create_graph=create_graph, retain_graph=retain_graph)
+    grads = grad(outputs, inputs, v, create_graph=create_graph)
     if create_graph:
         try_product(grads, inputs)
     return grads
@@ -94,14 +92,13 @@ def try_product(outputs: MaybeTensors, inputs: Tensors) -> None:
         grad(live, inputs, tuple(map(torch.zeros_like, live)), retain_graph=True)
 
 
-def cotangents(tensors: Iterable[Tensor], behind: Iterable[Source | None]) -> Tensors:
+def cotangents(tensors: Iterable[Tensor]) -> Tensors:
     """A vector ``u`` that requires gradients, for a map that is linear in it: any value will do.
 
-    Zeros, as torch takes them, where hooks that are not linear have a derivative too; ones where a backward
-    pass through the graph of ``behind`` is not defined at zero.
+    Zeros, as torch takes them: hooks that are not linear have a derivative there too. What is not defined at
+    zero is refused before.
     """
-    make = torch.ones_like if graph.is_undefined_at_zero(behind) else torch.zeros_like
-    return tuple(make(tensor, requires_grad=True) for tensor in tensors)
+    return tuple(torch.zeros_like(tensor, requires_grad=True) for tensor in tensors)
 
 
 class HessianGraph(NamedTuple):
@@ -138,11 +135,11 @@ class HessianGraph(NamedTuple):
             is_plain: False where products are not symmetric for a reason that the graph does not show.
             left: Multiply from the left, where products are not symmetric.
         """
-        kinds = graph.Kinds.of((value, *gradient), inputs)
+        side = graph.Kinds.of((value, *gradient), inputs).side(
+            is_plain, otherwise="left" if left else "right"
+        )
         plain = cls(gradient, inputs)
-        is_symmetric = is_plain and kinds.is_symmetric
-        is_bad = is_symmetric and (kinds.divide or (kinds.may_be_nan and plain.is_nan()))
-        if is_bad or not (is_symmetric or left):
+        if side == "right" or (side == "left unless nan" and plain.is_nan()):
             return cls.by_rows(value, gradient, inputs)
         if value is not None:
             lighten_gradients(gradient, (value,))
@@ -154,7 +151,7 @@ class HessianGraph(NamedTuple):
     ) -> HessianGraph:
         """``u^T H``, to be differentiated with respect to ``u``."""
         with torch.enable_grad():
-            u = cotangents(map(like, inputs), gradient)
+            u = cotangents(map(like, inputs))
             rows = grad(gradient, tuple(map(end, inputs)), u, create_graph=True)
         lighten_rows(rows, (value, *gradient))
         return cls(rows, u)

@@ -261,38 +261,35 @@ def _norm(difference: Tensor, p: float) -> Tensor:
 def logcumsumexp(input: Tensor, dim: int, *, out: Tensor | None = None) -> Tensor:
     if out is not None or not input.is_floating_point():
         return torch.logcumsumexp(input, dim, out=out)
-    rows = input.movedim(dim, -1) if input.ndim else input.reshape(1)
-    n = rows.shape[-1]
-    later = torch.ones(n, n, dtype=torch.bool, device=input.device).triu(1)
-    sums = rows.unsqueeze(-2).expand(*rows.shape, n).masked_fill(later, -math.inf).logsumexp(-1)
-    return sums.movedim(-1, dim) if input.ndim else sums.reshape(())
+    if not input.ndim:
+        return input.clone()
+    # Each entry holds the sum of a window before it, which doubles in each round: n log n numbers.
+    rows, step = input.movedim(dim, -1), 1
+    while step < rows.shape[-1]:
+        sums = torch.logaddexp(rows[..., step:], rows[..., :-step])
+        rows, step = torch.cat([rows[..., :step], sums], -1), 2 * step
+    return rows.movedim(-1, dim)
 
 
-def torch_batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *others: Any,
-    **options: Any,
-) -> Tensor:
-    # torch.batch_norm has them in another order, and a switch for cuDNN at the end.
-    options.pop("cudnn_enabled", None)
-    return batch_norm(input, running_mean, running_var, weight, bias, *others[:3], **options)
+def _in_order_of_torch(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.batch_norm`` and its like: weights before statistics, and a switch for cuDNN at the end."""
+
+    def result(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *others: Any,
+        **options: Any,
+    ) -> Tensor:
+        options.pop("cudnn_enabled", None)
+        return norm(input, running_mean, running_var, weight, bias, *others[:3], **options)
+
+    return result
 
 
-def torch_instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *others: Any,
-    **options: Any,
-) -> Tensor:
-    options.pop("cudnn_enabled", None)
-    return instance_norm(input, running_mean, running_var, weight, bias, *others[:3], **options)
+torch_batch_norm, torch_instance_norm = _in_order_of_torch(batch_norm), _in_order_of_torch(instance_norm)
 
 
 def cholesky_inverse(L: Tensor, upper: bool = False, *, out: Tensor | None = None) -> Tensor:

@@ -94,8 +94,11 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
 # By cuDNN on a GPU, unless it is switched off.
 CUDNN = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
-# Their second derivative is missing or, of the first three, wrong in silence: whoever differentiates twice
-# may replace these always.
+# Replaced at singular matrices alone.
+DETERMINANTS = (torch.det, torch.linalg.det, Tensor.det)
+
+# Their second derivative is missing or, of weight_norm, sparse tensors and determinants, wrong in silence:
+# whoever differentiates twice may replace these always.
 WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: compositions.weight_norm,
     torch.sparse_coo_tensor: compositions.sparse_coo_tensor,
@@ -110,17 +113,15 @@ WITHOUT_SECOND_DERIVATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.pdist: compositions.pdist,
     torch.cholesky_inverse: compositions.cholesky_inverse,
     Tensor.cholesky_inverse: compositions.cholesky_inverse,
-    torch.det: det,
-    torch.linalg.det: det,
-    Tensor.det: det,
-    torch.logcumsumexp: compositions.logcumsumexp,
-    Tensor.logcumsumexp: compositions.logcumsumexp,
+    **dict.fromkeys(DETERMINANTS, det),
     # Their cuDNN kernels have none.
     **{func: compositions.without_cudnn(func) for func in CUDNN},
 }
 
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **WITHOUT_SECOND_DERIVATIVE,
+    torch.logcumsumexp: compositions.logcumsumexp,
+    Tensor.logcumsumexp: compositions.logcumsumexp,
     F.layer_norm: compositions.layer_norm,
     torch.layer_norm: compositions.layer_norm,
     F.group_norm: compositions.group_norm,

@@ -101,25 +101,27 @@ class Kinds(NamedTuple):
             is_custom = is_custom or _is_custom(node, name)
         return cls(names, not is_custom)
 
-    @property
-    def may_be_nan(self) -> bool:
-        """Whether ``v^T H`` may be NaN where ``H v`` is not."""
-        return bool(self.names & _MASKS)
+    def side(self, is_plain: bool, otherwise: str = "right") -> str:
+        """The side from which to multiply by the Hessian: "left", "right" or "left unless nan".
+
+        From the left it is ``v^T H``, one backward pass through the gradient; from the right ``H v``, the
+        derivative of ``u^T H`` with respect to ``u``. They are one where the Hessian is symmetric, but for
+        formulas of torch that are wrong or NaN from the left.
+
+        Args:
+            is_plain: False where it is not symmetric for a reason that the graph does not show.
+            otherwise: The side where it is not symmetric.
+        """
+        if not (self.is_symmetric and is_plain):
+            return otherwise
+        if self.names & _DIVIDE:
+            return "right"
+        return "left unless nan" if self.names & _MASKS else "left"
 
     @property
     def is_undefined_at_zero(self) -> bool:
         """Whether ``u^T H`` is NaN at zero, and at the zeros that masks leave of another ``u``."""
         return bool(self.names & _UNDEFINED_AT_ZERO)
-
-    @property
-    def divide(self) -> bool:
-        """Whether ``v^T H`` may be wrong where ``H v`` is right."""
-        return bool(self.names & _DIVIDE)
-
-
-def is_undefined_at_zero(tensors: Iterable[Source | None]) -> bool:
-    """Whether a backward pass from zeros is NaN."""
-    return has_any(tensors, _UNDEFINED_AT_ZERO)
 
 
 def is_wrong_in_batches(tensors: Iterable[Source | None]) -> bool:

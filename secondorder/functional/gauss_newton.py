@@ -170,7 +170,7 @@ def _through_outputs(
         found = arguments.call(func, inputs, name, strict, has_aux)
         graph.refuse_wrong_rows(found.tensors, inputs, create_graph=create_graph)
         value, multiply = middle(found.tensors)
-        duals = cotangents(found.tensors, found.tensors)
+        duals = cotangents(found.tensors)
         rows = arguments.grad(found.tensors, inputs, duals, create_graph=True)
         arguments.require_grad_of_grad_inputs(rows, strict)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):

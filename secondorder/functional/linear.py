@@ -142,7 +142,7 @@ def _linearize(func: Function, tree: Tree) -> tuple[Any, LinearMap]:
     is_tuple, outputs = arguments.as_tuple(tree.call(func), arguments.OUTPUTS, "linearize")
     graph.refuse_wrong_rows(outputs, tree.leaves)
     with torch.enable_grad():
-        duals = cotangents(outputs, outputs)
+        duals = cotangents(outputs)
         pulled = arguments.grad(outputs, tree.leaves, duals, create_graph=True)
     lighten_rows(pulled, outputs)
     try_product(pulled, duals)

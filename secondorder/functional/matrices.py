@@ -171,9 +171,8 @@ def _reverse_hessian(
         grads = arguments.grad((value,), inputs, create_graph=True)
         filled = arguments.fill_zeros(grads, inputs, False, True, "back")
         arguments.require_grad_of_jacobian(filled, options.strict)
-        rows = HessianGraph(filled, inputs)
-        if not options.strict and not hooks.has_grown():
-            rows = HessianGraph.of(value, grads, inputs, left=True)
+        is_plain = not (options.strict or hooks.has_grown() or any(x.is_complex() for x in inputs))
+        rows = HessianGraph.of(value, grads, inputs, is_plain, left=True)
         outputs = arguments.fill_zeros(rows.outputs, inputs, False, True, "back")
         return value, aux, _reverse(outputs, rows.inputs, options)
 
@@ -327,8 +326,7 @@ def _check_forward(options: _Options) -> None:
 def _copied(tensor: Tensor) -> Tensor:
     """A copy with the same strides: what a function does to its argument does not reach the user's tensor."""
     tensor = tensor.detach()
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        # Forward mode refuses tensors whose elements share memory.
+    if arguments.is_expanded(tensor):
         return tensor.contiguous()
     copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)

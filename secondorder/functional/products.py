@@ -260,10 +260,12 @@ def hvp(
         (tensor(9.), tensor([  6., 120.]))
     """
     _choose(strategy, HVP_STRATEGIES, strict)
+    if create_graph and strategy == "forward-over-reverse":
+        # Derivatives through forward mode are wrong in torch: through norms, solve, det.
+        strategy = "auto"
 
     def compute() -> tuple[Any, ...]:
-        # Derivatives through forward mode are wrong in torch: through norms, solve, det.
-        if strategy == "forward-over-reverse" and not create_graph:
+        if strategy == "forward-over-reverse":
             point, product = second_order.forward_over_reverse(func, inputs, v, has_aux)
         elif strategy == "finite-differences":
             point, product = second_order.finite_differences(func, inputs, v, create_graph, has_aux)
@@ -311,7 +313,7 @@ def _double_backward(
         vector = arguments.input_vector(v, inputs, is_inputs_tuple, create_graph, "jvp")
         found = arguments.call(func, inputs, "jvp", strict, has_aux)
         graph.refuse_wrong_rows(found.tensors, inputs, create_graph=create_graph)
-        duals = cotangents(found.tensors, found.tensors)
+        duals = cotangents(found.tensors)
         grads = arguments.grad(found.tensors, inputs, duals, create_graph=True)
         if not create_graph:
             lighten_rows(grads, found.tensors)

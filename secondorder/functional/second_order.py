@@ -26,34 +26,30 @@ def over_reverse(
     """``H v`` by one backward pass through the gradient, or by the double-backward trick."""
     point = differentiate(func, inputs, v, create_graph, strict, has_aux, "hvp")
     kinds = graph.Kinds.of((point.value, *point.gradient), point.inputs)
-    is_symmetric = kinds.is_symmetric and point.is_plain and not strict
-    if strategy in ("auto", "forward-over-reverse") or (is_symmetric and kinds.is_undefined_at_zero):
-        strategy = "reverse-over-reverse" if is_symmetric and not kinds.divide else "double-backward"
-        if is_symmetric and kinds.may_be_nan:
-            return point, _retried(point, create_graph)
-    lighten_gradients(point.gradient, (point.value,))
+    side = kinds.side(point.is_plain and not strict)
     if strategy == "reverse-over-reverse":
-        return point, back(point, create_graph, strict)
-    return point, _by_rows(point, create_graph, strict)
+        side = "left"
+    elif strategy == "double-backward" and not (side.startswith("left") and kinds.is_undefined_at_zero):
+        side = "right"
+    return point, _multiply(point, side, create_graph, strict)
 
 
 def left_product(point: Point, create_graph: bool, strict: bool) -> Tensors:
     """``v^T H``; where it is wrong or NaN at this point and the Hessian symmetric, ``H v``."""
     kinds = graph.Kinds.of((point.value, *point.gradient), point.inputs)
+    side = kinds.side(point.is_plain and not strict, otherwise="left")
+    return _multiply(point, side, create_graph, strict)
+
+
+def _multiply(point: Point, side: str, create_graph: bool, strict: bool) -> Tensors:
+    """The product from one side: see ``Kinds.side``."""
     lighten_gradients(point.gradient, (point.value,))
-    if strict or not (kinds.is_symmetric and point.is_plain):
-        return back(point, create_graph, strict)
-    if kinds.divide:
-        return _by_rows(point, create_graph, strict)
-    return _retried(point, create_graph) if kinds.may_be_nan else back(point, create_graph, strict)
-
-
-def _retried(point: Point, create_graph: bool) -> Tensors:
-    """``v^T H``, or ``H v`` where that is NaN."""
-    product = back(point, create_graph, False, retain_graph=True)
-    if all(bool(part.isfinite().all()) for part in product):
-        return product
-    return _by_rows(point, create_graph, False)
+    if side != "right":
+        tries = side == "left unless nan"
+        product = back(point, create_graph, strict, retain_graph=tries)
+        if not tries or all(bool(part.isfinite().all()) for part in product):
+            return product
+    return _by_rows(point, create_graph, strict)
 
 
 def _by_rows(point: Point, create_graph: bool, strict: bool) -> Tensors:
@@ -177,12 +173,5 @@ def finite_differences(
 def duals(inputs: Tensors, vector: Tensors | None) -> Tensors:
     """Dual numbers: ``inputs`` with tangents ``vector``."""
     tangents = map(torch.ones_like, inputs) if vector is None else vector
-    return tuple(forward_ad.make_dual(_apart(x), t) for x, t in zip(inputs, tangents, strict=True))
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    """Forward mode refuses tensors whose elements share memory, as expanded ones do."""
-    is_expanded = any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-    return tensor.contiguous() if is_expanded else tensor
+    points = (x.contiguous() if arguments.is_expanded(x) else x for x in inputs)
+    return tuple(forward_ad.make_dual(x, t) for x, t in zip(points, tangents, strict=True))

@@ -108,8 +108,9 @@ class Hessian(ParameterOperator):
             ]
         )
         kinds = Kinds.of((loss, *grads), self.parameters)
-        # How to multiply: see HessianGraph. Where ``v^T H`` may be NaN the first product finds out.
-        self._by_rows, self._may_be_nan = kinds.divide, kinds.may_be_nan
+        # Where ``v^T H`` may be NaN the first product finds out.
+        side = kinds.side(not self.gradient.is_complex(), otherwise="left")
+        self._by_rows, self._may_be_nan = side == "right", side == "left unless nan"
         self._kept = self._graph_of(grads) if keep_graph else None
 
     @classmethod
@@ -158,7 +159,7 @@ class Hessian(ParameterOperator):
 
     def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
         product = self._multiply(parts, grad)
-        if self._may_be_nan and not self._by_rows:
+        if self._may_be_nan:
             self._may_be_nan = False
             if not all(bool(part.isfinite().all()) for part in product):
                 self._by_rows = True

@@ -179,7 +179,7 @@ class Jacobian(LinearOperator):
         """``u``, and ``J^T u`` in its graph: linear in ``u``, its derivative applied to ``v`` is ``J v``."""
         graph.refuse_wrong_rows(self._sources, self.parameters)
         with torch.enable_grad():
-            duals = cotangents(self.outputs, self._sources)
+            duals = cotangents(self.outputs)
             outputs = [end(source) for source in self._sources]
             pulled = arguments.grad(outputs, self.parameters, duals, create_graph=True)
         lighten_rows(pulled, self._sources)

@@ -273,3 +273,8 @@ def check_chunk_size(chunk_size: Any) -> None:
     is_number = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
     if chunk_size is not None and not (is_number and chunk_size >= 1):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, which forward mode refuses."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

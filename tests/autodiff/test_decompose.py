@@ -268,3 +268,10 @@ def test_options_without_a_second_derivative():
         )
     with decompose(), pytest.raises(ValueError, match="offsets must be given"):
         F.embedding_bag(INDICES, make(4, 2))
+
+
+def test_a_long_cumulative_sum_takes_no_square_of_memory():
+    x = make(100_000)
+    with decompose():
+        got = x.logcumsumexp(0)
+    torch.testing.assert_close(got, x.logcumsumexp(0), rtol=1e-12, atol=1e-12)

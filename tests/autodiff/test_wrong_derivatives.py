@@ -538,3 +538,23 @@ def test_what_a_checkpoint_cannot_do_is_said_in_our_words():
     model, x = Checkpointed(True), make(1, 2, 4)
     with pytest.raises(RuntimeError, match=r"under torch\.utils\.checkpoint was computed again"):
         functional.hvp(survey.objective(model), x, x, create_graph=True)
+
+
+def test_a_determinant_in_a_checkpoint_of_a_closure():
+    """Of a regular matrix it is torch's own, which a checkpoint computes again as it is."""
+    p = (A + 3 * torch.eye(3)).clone().requires_grad_()
+    optimizer = optim.Newton([p])
+    optimizer.step(lambda: checkpoint(lambda q: torch.linalg.det(q) ** 2, p, use_reentrant=False))
+    assert optimizer.report.accepted
+
+
+def test_products_of_complex_entries_are_torchs():
+    """Their Hessian is not symmetric: no side stands for the other."""
+    x = torch.complex(make(3), make(3, seed=1))
+
+    def func(x):
+        return x.prod().abs().square() + (x * x).sum().real
+
+    torch.testing.assert_close(functional.vhp(func, x, x)[1], reference.vhp(func, x, x)[1])
+    torch.testing.assert_close(functional.hvp(func, x, x)[1], reference.hvp(func, x, x)[1])
+    torch.testing.assert_close(Hessian.of(func, x) @ x, reference.vhp(func, x, x)[1])
