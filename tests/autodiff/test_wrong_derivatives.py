@@ -78,6 +78,7 @@ def decomposed(func):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", WITH_GRAPH)
 @pytest.mark.parametrize("name", NORMS)
 def test_whoever_asks_for_a_graph_gets_right_derivatives(name, route):
@@ -240,6 +241,7 @@ MATRICES = {
 FORWARD = "hvp forward-over-reverse"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", [route for route in routes.HESSIANS if route != "hvp create_graph"])
 @pytest.mark.parametrize("name", MATRICES)
 @pytest.mark.parametrize("outer", [lambda d: d, lambda d: (d + 1) ** 2], ids=["det", "square"])

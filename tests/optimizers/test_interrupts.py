@@ -147,6 +147,7 @@ def everything_is_as_before(config, before):
     return others == list(before[1:]) and all(map(torch.equal, tensors, before[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [in_functions, in_forwards, in_products], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("after", [0, 2], ids=["first_step", "later"])
