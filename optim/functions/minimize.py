@@ -308,7 +308,8 @@ class _Run:
         if not trial.loss.requires_grad:
             # A branch on which fun is constant: nothing to go on from.
             return -math.inf, False
-        in_noise = control.is_noise(actual, predicted, self._point.value, self._eps)
+        noise = control.noise_of(self._point.value, self._eps)
+        in_noise = control.is_noise(actual, predicted, noise)
         if in_noise:
             self._njev += 1
             gradient = torch.autograd.grad(trial.loss, trial.x, retain_graph=True)[0].reshape(-1)

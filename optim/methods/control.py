@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 # Rounding of a computed loss, in units of eps * abs(loss): below it a decrease means nothing.
 NOISE_FACTOR = 10.0
@@ -19,6 +20,10 @@ ACCEPTANCE = 1e-4
 # The ratio at which none of the rules below changes anything, and that from which the radius and Martens'
 # damping loosen.
 NEUTRAL, GOOD = 0.5, 0.75
+# Below it the model is worth less than a step with more damping; below the other, another trial (METHODS 12.1).
+LOW, BAD = 0.25, 0.1
+# Above it twice the step is tried.
+EXTEND = 0.5
 # A ratio that only gradients tell loosens the control where this much more decrease would be seen in the
 # loss. Past convergence the decreases are smaller: they go with the square of the gradient's rounding.
 REACH = 1e4
@@ -33,24 +38,23 @@ def noise_of(value: float, eps: float) -> float:
     return NOISE_FACTOR * eps * abs(value)
 
 
-def is_noise(actual: float, predicted: float, value: float, eps: float) -> bool:
+def is_noise(actual: float, predicted: float, noise: float) -> bool:
     """Whether a decrease is too small to be seen in the loss, so that only gradients can judge it.
 
-    The decrease is predicted to lie below the rounding of ``value``, and what was seen does not say
-    otherwise. What was seen may be larger by ``CANCELLATION``, as it is for a loss that sums large
+    The decrease is predicted to lie below ``noise``, the rounding of the loss, and what was seen does not
+    say otherwise. What was seen may be larger by ``CANCELLATION``, as it is for a loss that sums large
     terms of opposite sign.
     """
-    noise = noise_of(value, eps)
     return 0 < predicted <= noise and abs(actual) <= CANCELLATION * noise
 
 
-def is_unseen(actual: float, predicted: float, value: float, eps: float) -> bool:
+def is_unseen(actual: float, predicted: float, noise: float) -> bool:
     """Whether a step that the loss refuses may yet be a decrease that the loss does not show.
 
     The loss did not change at all, or decrease and prediction are such as a loss with large terms of
     opposite sign rounds away.
     """
-    limit = CANCELLATION * noise_of(value, eps)
+    limit = CANCELLATION * noise
     refused = predicted > 0 and not actual > ACCEPTANCE * predicted
     return refused and (actual == 0 or (predicted <= limit and abs(actual) <= limit))
 
@@ -71,12 +75,22 @@ def quiet_ratio(rho: float, holds_back: bool) -> float:
     return rho if rho > GOOD and holds_back else NEUTRAL
 
 
+def marquardt_damping(damping: float, rho: float) -> float:
+    """Damping for the next trial in a space where that is free: times 4 below rho = 1/4, 1/4 above 3/4.
+
+    Reference: Marquardt (1963), An algorithm for least-squares estimation, for a factor; its size is measured.
+    """
+    if not rho >= LOW:
+        return min(4 * damping, MAX_DAMPING)
+    return max(damping / 4, MIN_DAMPING) if rho > GOOD else damping
+
+
 def levenberg_marquardt_damping(damping: float, rho: float) -> float:
     """Damping for the next step of Hessian-free: 3/2 below rho = 1/4, 2/3 above 3/4.
 
     Reference: Martens (2010), Deep learning via Hessian-free optimization, section 4.1.
     """
-    if not rho >= 0.25:
+    if not rho >= LOW:
         return min(damping * 1.5, MAX_DAMPING)
     return max(damping * 2 / 3, MIN_DAMPING) if rho > GOOD else damping
 
@@ -100,7 +114,42 @@ def trust_radius(radius: float, rho: float, step_norm: float) -> float:
     Reference: Conn, Gould and Toint (2000), Trust-region methods, section 17.1, whose intervals the
     constants lie in.
     """
-    if not rho >= 0.25:
+    if not rho >= LOW:
         shorter = min(radius, step_norm) if step_norm > 0 else radius
         return max(0.25 * shorter, MIN_RADIUS)
     return 2.5 * radius if rho > GOOD and step_norm >= 0.9 * radius else radius
+
+
+class Rule(Protocol):
+    """How damping or radius follow the trials."""
+
+    def __call__(self, size: float, rho: float, length: float) -> float:
+        """The next damping or radius.
+
+        Args:
+            size: The present one.
+            rho: Reduction ratio.
+            length: Euclidean norm of the solution.
+        """
+
+
+def marquardt(size: float, rho: float, length: float) -> float:
+    """``marquardt_damping`` as a ``Rule``."""
+    return marquardt_damping(size, rho)
+
+
+def martens(size: float, rho: float, length: float) -> float:
+    """``levenberg_marquardt_damping`` as a ``Rule``."""
+    return levenberg_marquardt_damping(size, rho)
+
+
+class Nielsen:
+    """``nielsen_damping`` as a ``Rule``, with the growth factor that it keeps."""
+
+    def __init__(self, growth: float) -> None:
+        self.growth = growth
+
+    def __call__(self, size: float, rho: float, length: float) -> float:
+        """The next damping."""
+        size, self.growth = nielsen_damping(size, self.growth, rho)
+        return size

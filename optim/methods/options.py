@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-SOLVERS = ("auto", "direct", "cg")
-
 # Options that groups may differ in: of the rest there is one, as there is one model for all parameters.
 OF_GROUPS = ("lr", "weight_decay", "damping_scale")
-FLAGS = ("maximize", "strict")
+FLAGS = ("maximize", "strict", "history")
 
 
 def as_number(value: Any) -> float | int | None:
@@ -41,6 +39,23 @@ def check_positive(options: Mapping[str, Any], *names: str) -> None:
         number = as_number(options[name])
         if number is None or not 0 < number < math.inf:
             raise ValueError(f"{name} must be a positive number, got {options[name]!r}.")
+
+
+def check_optional(options: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError unless every option is a positive finite number or None."""
+    check_positive(options, *(name for name in names if options[name] is not None))
+
+
+def check_shared(options: Mapping[str, Any]) -> None:
+    """Check the options that all optimizers have.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    check_lr(options)
+    check_not_negative(options, "weight_decay")
+    check_positive(options, "damping_scale", "memory", "gain", "rtol", "max_extension")
+    check_count(options, "max_iter", "max_trials")
 
 
 def check_not_negative(options: Mapping[str, Any], *names: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 
 import torch
 import torch.distributed as dist
 
-from optim.closure.evaluate import Evaluation
+from optim.closure.evaluate import ClosureEvaluator, Evaluation
+from optim.optimizers.report import NOT_TRIED
 
 # Relative difference between the loss returned and the loss differentiated that is more than rounding; and
 # between two runs in single precision, which autocast computes in half.
@@ -50,3 +53,45 @@ def repetition(value: float, again: float, dtype: torch.dtype) -> str:
         " losses, and these are of different functions. Draw the batch, and random numbers of NumPy and"
         " Python, outside of the closure; torch's own are replayed, as are buffers that are written in place."
     )
+
+
+class Notices:
+    """Warnings of one optimizer: each kind is given once, at the line that called ``step``."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._given: set[str] = set()
+        # Reasons for which a closure was run twice so far: each counts once.
+        self._repeated: set[str] = set()
+
+    def once(self, kind: str, text: str) -> None:
+        """Warn; where there is no text, not."""
+        if text and kind not in self._given:
+            self._given.add(kind)
+            warnings.warn(text, stacklevel=_level_of_caller())
+
+    def check(self, evaluator: ClosureEvaluator, evaluation: Evaluation, dtype: torch.dtype) -> int:
+        """Warn where the loss cannot judge steps along the gradient; what that cost, in evaluations.
+
+        In the first step, and where its graph looks old, the closure runs again for it.
+        """
+        self.once("processes", processes(self._name))
+        if evaluation.partial:
+            self.once("partial", NOT_TRIED.format(self._name, evaluation.partial))
+            return 0
+        self.once("mismatch", mismatch(evaluation))
+        reason = "old graph" if evaluator.is_suspect else "first step"
+        again = None if reason in self._repeated else evaluator.repeated(evaluation.objective)
+        if again is None:
+            return 0
+        self._repeated |= {"first step", reason}
+        self.once("repetition", repetition(evaluation.value, again, dtype))
+        return 1
+
+
+def _level_of_caller() -> int:
+    """The ``stacklevel`` of the first frame outside this library and torch, seen from the caller."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("optim", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -8,10 +8,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from optim.closure.evaluate import Evaluation
+from optim.optimizers.checks import Notices
 from secondorder import GaussNewton, Hessian, LinearOperator
 
+# Of a product on the kept graph, in gradients of a deep network.
+PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
 
-class Choice(NamedTuple):
+
+class Curvature(NamedTuple):
     """A curvature, and why.
 
     Attributes:
@@ -27,8 +31,33 @@ class Choice(NamedTuple):
     consequence: str = ""
 
 
-def gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Choice:
-    """The Gauss-Newton matrix of all of the objective, or the Hessian."""
+def hessian(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
+    """The exact Hessian."""
+    return Curvature(Hessian(evaluation.objective, parameters), "hessian")
+
+
+def gauss_newton(
+    evaluation: Evaluation, parameters: Sequence[Tensor], name: str, strict: bool, notices: Notices
+) -> Curvature:
+    """The Gauss-Newton matrix of the objective, or the Hessian: an error in strict mode, else a warning, once.
+
+    Args:
+        evaluation: With what is known of the objective.
+        parameters: In the order of the flat vectors.
+        name: Of the optimizer, for errors.
+        strict: Whether to raise RuntimeError.
+        notices: Of the optimizer.
+    """
+    choice = _gauss_newton(evaluation, parameters)
+    if choice.complaint:
+        text = f"{name} {choice.complaint}"
+        if strict:
+            raise RuntimeError(text)
+        notices.once("coverage", f"{text} {choice.consequence}")
+    return choice
+
+
+def _gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
     coverage = evaluation.coverage.proved()
     blocks, description = coverage.blocks, coverage.description
     operator = GaussNewton.of_blocks(blocks, parameters) if blocks else None
@@ -36,7 +65,7 @@ def gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Choice
         operator = None
         description = "the loss is linear in the outputs that were returned (log-probabilities?)"
     if operator is None:
-        return Choice(
+        return Curvature(
             Hessian(evaluation.objective, parameters),
             f"hessian ({description})",
             f"found no Gauss-Newton matrix for the whole objective: {description}. Use the losses of"
@@ -46,8 +75,8 @@ def gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Choice
         )
     own = " + hessian of a term of the parameters" if coverage.has_own_terms else ""
     if coverage.is_whole:
-        return Choice(operator, f"gauss-newton ({description}){own}")
-    return Choice(
+        return Curvature(operator, f"gauss-newton ({description}){own}")
+    return Curvature(
         operator,
         f"gauss-newton ({description}){own}",
         f"was given outputs that do not carry the whole loss: {description}.",

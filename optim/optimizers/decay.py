@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optim.optimizers.groups import spread
 from secondorder.vectors.flat import flatten
 
 
@@ -50,8 +51,3 @@ class WeightDecay(NamedTuple):
         if len(set(self.rates)) == 1:
             return self.rates[0]
         return spread(self.rates, self.parameters, like)
-
-
-def spread(values: Iterable[float], parameters: Iterable[Tensor], like: Tensor) -> Tensor:
-    """One number for each parameter as a flat vector, shape (n,)."""
-    return torch.cat([like.new_full((p.numel(),), v) for v, p in zip(values, parameters, strict=True)])

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from optim.methods import control
+from optim.closure.evaluate import Evaluation
+from optim.methods.control import Nielsen, marquardt
 from optim.methods.options import (
-    SOLVERS,
     check_choice,
     check_count,
-    check_lr,
-    check_not_negative,
+    check_optional,
     check_positive,
+    check_shared,
     refuse,
 )
-from optim.optimizers.base import Evaluation, SecondOrderOptimizer
-from optim.optimizers.judge import Proposal, QuadraticModel
-from secondorder import LinearOperator, MatrixOperator, cg, direct
+from optim.methods.subspace import DAMPED
+from optim.methods.truncated import conjugate_gradients
+from optim.optimizers.base import SecondOrderOptimizer
+from optim.optimizers.curvature import Curvature, gauss_newton
+from optim.optimizers.groups import moving
+from optim.optimizers.minimise import Method
+from optim.optimizers.report import StepReport
+
+SOLVERS = ("auto", "subspace", "direct", "cg")
+RULES = ("marquardt", "nielsen")
 
 
 class GaussNewton(SecondOrderOptimizer):
-    """Gauss-Newton with Levenberg-Marquardt damping: every damped system is solved to ``rtol``.
+    """Gauss-Newton with Levenberg-Marquardt damping: as ``HessianFree``, with tighter solves.
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
         lr: Multiplies the step; 1.0 is the full step. May differ between groups.
-        damping: First damping, loss over parameter squared; adapts, and lives in the group.
-        solver: "direct" (dense matrix), "cg", or "auto": direct for float64 parameters, up to
-            ``direct_limit`` of them; in lower precision small eigenvalues are rounding.
+        damping: First damping, loss over parameter squared; adapts, and lives in the group. None takes it
+            from the function: a tenth of the curvature along the gradient.
+        rule: How damping adapts: "marquardt", by factors of 4, or "nielsen", smoothly.
+        solver: "subspace" grows a space by products, in which another damping costs none; "direct" forms the
+            matrix; "cg" solves each damped system by CG, three vectors. "auto" is "subspace", or "direct" for
+            float64 parameters, up to ``direct_limit``, where their columns cost less than the space has been
+            costing; see ``report.form``.
         direct_limit: Largest number of parameters for which "auto" forms the matrix.
-        rtol: Relative residual at which CG stops.
-        max_iter: Iterations of CG in one solve.
-        max_trials: Solves in one step, each with more damping than the last.
+        memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
+            directions "auto" is "cg", and ``report.form`` says so.
+        gain: The space stops to grow where another product gains less than this part of what products
+            gained on average.
+        rtol: Or where its residual is below this, relative to the gradient; CG too.
+        max_iter: Or at this many products; CG too.
+        max_trials: Dampings tried in one step.
+        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0 for
+            none. None are with an ``lr`` other than one, or where batches differ from step to step.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -44,26 +62,29 @@ class GaussNewton(SecondOrderOptimizer):
         model: The module that is trained, for steps without a closure: its calls are watched, and what
             ``backward`` was called on since the last step is computed again. Its parameters may be more, or
             fewer, than ``params``.
+        history: Keep the reports of all steps in ``history``.
+        callback: Called with the ``StepReport`` after each step.
         unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
         report: What the last step did, a ``StepReport``; None before the first.
+        history: With ``history=True`` a list of the reports; ``history.columns()`` is a dict of lists.
 
     Raises:
         TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range.
 
-    Cost: one gradient and ``n`` products (direct) or up to ``max_iter`` products (cg), each 4/3 gradients.
+    Cost: one gradient, 10 to 30 products of 4/3 gradients each, a few evaluations of the loss.
 
-    Reference: Nielsen (1999), Damping parameter in Marquardt's method; Schraudolph (2002).
+    Reference: Marquardt (1963); Nielsen (1999), Damping parameter in Marquardt's method; Schraudolph (2002).
 
     Example:
         >>> w = torch.zeros(2, requires_grad=True)
-        >>> optimizer = GaussNewton([w], damping=1e-3)
+        >>> optimizer = GaussNewton([w])
         >>> t = torch.tensor([0.0, 1.0, 2.0])
         >>> def closure():
         ...     return torch.nn.functional.mse_loss(w[0] + w[1] * t, 1 + 2 * t)
-        >>> for _ in range(5):
+        >>> for _ in range(10):
         ...     loss = optimizer.step(closure)
         >>> w.detach().round(decimals=3)
         tensor([1., 2.])
@@ -74,58 +95,45 @@ class GaussNewton(SecondOrderOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1.0,
         *,
-        damping: float = 1.0,
+        damping: float | None = None,
+        rule: str = "marquardt",
         solver: str = "auto",
         direct_limit: int = 1000,
-        rtol: float = 1e-2,
+        memory: float = 2.0**32,
+        gain: float = 0.3,
+        rtol: float = 0.03,
         max_iter: int = 250,
         max_trials: int = 10,
+        max_extension: float = 16.0,
         strict: bool = False,
         weight_decay: float = 0.0,
         damping_scale: float = 1.0,
         maximize: bool = False,
         model: nn.Module | None = None,
+        history: bool = False,
+        callback: Callable[[StepReport], Any] | None = None,
         **unsupported: Any,
     ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("self", "params", "unsupported", "__class__")}
         refuse(type(self), unsupported)
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            damping=damping,
-            damping_growth=2.0,
-            solver=solver,
-            direct_limit=direct_limit,
-            rtol=rtol,
-            max_iter=max_iter,
-            max_trials=max_trials,
-            strict=strict,
-            weight_decay=weight_decay,
-            damping_scale=damping_scale,
-            maximize=maximize,
-        )
-        super().__init__(params, defaults, model)
+        super().__init__(params, {**options, "damping_growth": 2.0})
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
-        check_lr(options)
-        check_not_negative(options, "weight_decay")
-        check_positive(options, "damping", "damping_growth", "damping_scale", "rtol")
-        check_count(options, "direct_limit", "max_iter", "max_trials")
+        check_shared(options)
+        check_optional(options, "damping")
+        check_positive(options, "damping_growth")
+        check_count(options, "direct_limit")
+        check_choice(options, "rule", RULES)
         check_choice(options, "solver", SOLVERS)
 
-    def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
-        return self._gauss_newton(evaluation)
-
-    def _solve(self, model: QuadraticModel) -> Proposal:
-        group = self.param_groups[0]
-        damping = group["damping"]
-        if isinstance(model.curvature, MatrixOperator):
-            return Proposal(direct(model.curvature.spectrum, -model.gradient, damping=damping))
-        result = cg(
-            model.curvature + damping, -model.gradient, rtol=group["rtol"], max_iter=group["max_iter"]
+    def _curvature(self, evaluation: Evaluation) -> Curvature:
+        strict = self.param_groups[0]["strict"]
+        return gauss_newton(
+            evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices
         )
-        return Proposal(self._undamped(result, damping), line_search=True)
 
-    def _adapt(self, rho: float, step_norm: float) -> None:
+    def _method(self) -> Method:
         group = self.param_groups[0]
-        damping, growth = control.nielsen_damping(group["damping"], group["damping_growth"], rho)
-        self._set_in_all_groups(damping=damping, damping_growth=growth)
+        rule = Nielsen(group["damping_growth"]) if group["rule"] == "nielsen" else marquardt
+        return Method("damping", DAMPED, rule, conjugate_gradients(group["rtol"], group["max_iter"]))

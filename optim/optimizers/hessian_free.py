@@ -1,46 +1,63 @@
-"""Hessian-free optimization: truncated CG on the damped Gauss-Newton matrix, as an optimizer."""
+"""Hessian-free optimization: the damped Gauss-Newton matrix by products, as an optimizer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from optim.methods import control
+from optim.closure.evaluate import Evaluation
+from optim.methods.control import marquardt, martens
 from optim.methods.options import (
-    check_count,
+    check_choice,
     check_fraction,
-    check_lr,
-    check_not_negative,
+    check_optional,
     check_positive,
+    check_shared,
     refuse,
 )
-from optim.optimizers.base import Evaluation, SecondOrderOptimizer
-from optim.optimizers.judge import Proposal, QuadraticModel
-from secondorder import LinearOperator, cg
-from secondorder.solvers import RelativeProgress
-from secondorder.vectors.flat import flatten, is_finite, unflatten
+from optim.methods.subspace import DAMPED
+from optim.methods.truncated import truncated_gradients
+from optim.optimizers import kept
+from optim.optimizers.base import SecondOrderOptimizer
+from optim.optimizers.curvature import Curvature, gauss_newton
+from optim.optimizers.groups import moving
+from optim.optimizers.minimise import Method
+from optim.optimizers.report import StepReport
 
-# Below this relative residual CG has nothing left to gain (Martens' code).
-RTOL = 1e-10
+SOLVERS = ("auto", "subspace", "cg")
 
 
 class HessianFree(SecondOrderOptimizer):
-    """Hessian-free optimization (Martens 2010).
+    """Hessian-free optimization (Martens 2010) in a space in which every damping is free.
 
-    CG on the damped Gauss-Newton matrix, started from the decayed last solution, stopped when the model
-    no longer decreases; then a choice among its iterates and a line search on the loss.
+    A step grows a space by products with the Gauss-Newton matrix, preconditioned by the space of the last step,
+    as far as that pays; damping, a shorter or a longer step are then decided by evaluations of the loss alone.
+
+    Mini-batches: where the loss at the start of a step is not the one that the last step left, damping follows
+    what steps gained on the samples that came next (``report.noisy``).
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
         lr: Multiplies the step; 1.0 is the full step. May differ between groups.
-        damping: First damping, loss over parameter squared; adapts, and lives in the group.
-        max_iter: Iterations of CG in one solve.
+        damping: First damping, loss over parameter squared; adapts, and lives in the group. None takes it
+            from the function: a tenth of the curvature along the gradient.
+        solver: "subspace" is the above; "cg" Martens' own recipe: CG from the decayed last solution, stopped
+            when the model no longer decreases, a choice among its iterates, a line search. "auto" is
+            "subspace", or "cg" where ``memory`` is short.
+        memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
+            directions "auto" is "cg", and ``report.form`` says so.
+        gain: The space stops to grow where another product gains less than this part of what products
+            gained on average.
+        rtol: Or where its residual is below this, relative to the gradient.
+        max_iter: Or at this many products; CG too.
         progress: CG stops when the model decreased by less than this, relative, an iteration.
         decay: Factor of the last solution from which CG starts.
-        max_trials: Solves in one step, each with more damping than the last.
+        max_trials: Dampings tried in one step.
+        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0 for
+            none. None are with an ``lr`` other than one, or where batches differ from step to step.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -50,18 +67,21 @@ class HessianFree(SecondOrderOptimizer):
         model: The module that is trained, for steps without a closure: its calls are watched, and what
             ``backward`` was called on since the last step is computed again. Its parameters may be more, or
             fewer, than ``params``.
+        history: Keep the reports of all steps in ``history``.
+        callback: Called with the ``StepReport`` after each step.
         unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
         report: What the last step did, a ``StepReport``; None before the first.
+        history: With ``history=True`` a list of the reports; ``history.columns()`` is a dict of lists.
 
     Raises:
         TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range.
 
-    Cost: one gradient and up to ``max_iter`` products of 4/3 gradients; a few evaluations of the loss.
+    Cost: one gradient, 5 to 15 products of 4/3 gradients each, a few evaluations of the loss.
 
-    Reference: Martens (2010), Deep learning via Hessian-free optimization.
+    Reference: Martens (2010), Deep learning via Hessian-free optimization; Davidson (1975) for the space.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -79,87 +99,53 @@ class HessianFree(SecondOrderOptimizer):
         True
     """
 
+    _keeps_solution = True
+
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1.0,
         *,
-        damping: float = 1.0,
+        damping: float | None = None,
+        solver: str = "auto",
+        memory: float = 2.0**32,
+        gain: float = 1.0,
+        rtol: float = 0.1,
         max_iter: int = 250,
         progress: float = 5e-4,
         decay: float = 0.95,
-        max_trials: int = 5,
+        max_trials: int = 10,
+        max_extension: float = 16.0,
         strict: bool = False,
         weight_decay: float = 0.0,
         damping_scale: float = 1.0,
         maximize: bool = False,
         model: nn.Module | None = None,
+        history: bool = False,
+        callback: Callable[[StepReport], Any] | None = None,
         **unsupported: Any,
     ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("self", "params", "unsupported", "__class__")}
         refuse(type(self), unsupported)
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            damping=damping,
-            max_iter=max_iter,
-            progress=progress,
-            decay=decay,
-            max_trials=max_trials,
-            strict=strict,
-            weight_decay=weight_decay,
-            damping_scale=damping_scale,
-            maximize=maximize,
-        )
-        super().__init__(params, defaults, model)
+        super().__init__(params, options)
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
-        check_lr(options)
-        check_not_negative(options, "weight_decay")
-        check_positive(options, "damping", "damping_scale", "progress")
-        check_count(options, "max_iter", "max_trials")
+        check_shared(options)
+        check_optional(options, "damping")
+        check_positive(options, "progress")
         check_fraction(options, "decay")
+        check_choice(options, "solver", SOLVERS)
 
-    def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
-        return self._gauss_newton(evaluation)
-
-    def _solve(self, model: QuadraticModel) -> Proposal:
-        group = self.param_groups[0]
-        damping = group["damping"]
-        stop = RelativeProgress(group["progress"])
-        result = cg(
-            model.curvature + damping,
-            -model.gradient,
-            x0=self._warm_start(group["decay"]),
-            rtol=RTOL,
-            max_iter=group["max_iter"],
-            callback=stop,
+    def _curvature(self, evaluation: Evaluation) -> Curvature:
+        strict = self.param_groups[0]["strict"]
+        return gauss_newton(
+            evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices
         )
-        self._keep(result.x)
-        earlier = tuple(x for x in stop.kept if x is not result.x)
-        return Proposal(self._undamped(result, damping), earlier, line_search=True)
 
-    def _make_state(self) -> None:
-        parameters = self._parameters()
-        if any(p.grad is not None for p in parameters) and not any(self.state.get(p) for p in parameters):
-            dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-            self._keep(parameters[0].new_zeros(sum(p.numel() for p in parameters), dtype=dtype))
-
-    def _adapt(self, rho: float, step_norm: float) -> None:
-        damping = control.levenberg_marquardt_damping(self.param_groups[0]["damping"], rho)
-        self._set_in_all_groups(damping=damping)
-
-    def _warm_start(self, decay: float) -> Tensor | None:
-        parameters = self._parameters()
-        # Not state[p], which would make an entry.
-        states = [self.state.get(p, {}) for p in parameters]
-        if not any("cg_solution" in state for state in states):
-            return None
-        pairs = zip(states, parameters, strict=True)
-        parts = [state.get("cg_solution", torch.zeros_like(p)) for state, p in pairs]
-        return decay * flatten([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts])
-
-    def _keep(self, x: Tensor) -> None:
-        if not is_finite(x):
-            x = torch.zeros_like(x)
-        for parameter, part in zip(self._parameters(), unflatten(x, self._parameters()), strict=True):
-            self.state[parameter]["cg_solution"] = part.clone()
+    def _method(self) -> Method:
+        group = self.param_groups[0]
+        last = kept.vector_of(self.state, moving(self.param_groups), kept.SOLUTION)
+        start = None if last is None else group["decay"] * last
+        solver = truncated_gradients(group["progress"], group["max_iter"], start)
+        return Method("damping", DAMPED, martens if group["solver"] == "cg" else marquardt, solver)

@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from optim.methods import control
-from optim.methods.options import (
-    SOLVERS,
-    check_choice,
-    check_count,
-    check_lr,
-    check_not_negative,
-    check_positive,
-    refuse,
-)
-from optim.optimizers.base import Evaluation, SecondOrderOptimizer
-from optim.optimizers.judge import Proposal, QuadraticModel
-from secondorder import Hessian, LinearOperator, MatrixOperator, steihaug, trust_region
+from optim.closure.evaluate import Evaluation
+from optim.methods.control import trust_radius
+from optim.methods.options import check_choice, check_count, check_optional, check_shared, refuse
+from optim.methods.subspace import WITHIN
+from optim.methods.truncated import in_radius
+from optim.optimizers.base import SecondOrderOptimizer
+from optim.optimizers.curvature import Curvature, hessian
+from optim.optimizers.groups import moving
+from optim.optimizers.minimise import Method
+from optim.optimizers.report import StepReport
+
+SOLVERS = ("auto", "subspace", "direct", "cg")
 
 
 class Newton(SecondOrderOptimizer):
     """Newton's method: the exact Hessian, in a trust region.
 
-    Indefinite Hessians are no problem: the step minimises the quadratic model inside a ball, exactly
-    (from an eigendecomposition) or by truncated CG.
+    Indefinite Hessians are no problem: the step minimises the quadratic model inside a ball, exactly where the
+    matrix is formed, else in a space that grows by products, in which another radius costs none.
+
+    Mini-batches: where the loss at the start of a step is not the one that the last step left, the radius follows
+    what steps gained on the samples that came next (``report.noisy``).
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
         lr: Multiplies the step; 1.0 is the full Newton step. May differ between groups.
-        radius: First trust radius, in units of the parameters; adapts, and lives in the group.
-        solver: "direct" (dense Hessian), "cg" (Steihaug), or "auto": direct for float64 parameters, up
-            to ``direct_limit`` of them; in lower precision small eigenvalues are rounding.
+        radius: First trust radius, in units of the parameters; adapts, and lives in the group. None takes
+            it from the function: the length of the first Newton step along the gradient.
+        solver: "subspace" grows a space by products; "direct" forms the Hessian; "cg" is Steihaug's, three
+            vectors. "auto" is "subspace", or "direct" for float64 parameters, up to ``direct_limit``, where
+            their columns cost less than the space has been costing; see ``report.form``.
         direct_limit: Largest number of parameters for which "auto" forms the Hessian.
-        rtol: Relative residual at which CG stops.
-        max_iter: Iterations of CG in one solve.
-        max_trials: Solves in one step, each with a smaller radius than the last.
+        memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
+            directions "auto" is "cg", and ``report.form`` says so.
+        gain: The space stops to grow where another product gains less than this part of what products
+            gained on average.
+        rtol: Or where its residual is below this, relative to the gradient; CG too.
+        max_iter: Or at this many products; CG too.
+        max_trials: Radii tried in one step.
+        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0 for
+            none. None are with an ``lr`` other than one, or where batches differ from step to step.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
             gradient and curvature, not in ``.grad``. May differ between groups.
         damping_scale: A step is measured by ``sqrt(sum_i damping_scale_i p_i^2)``: where it is large, entries
@@ -46,16 +57,19 @@ class Newton(SecondOrderOptimizer):
         model: The module that is trained, for steps without a closure: its calls are watched, and what
             ``backward`` was called on since the last step is computed again. Its parameters may be more, or
             fewer, than ``params``.
+        history: Keep the reports of all steps in ``history``.
+        callback: Called with the ``StepReport`` after each step.
         unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
         report: What the last step did, a ``StepReport``; None before the first.
+        history: With ``history=True`` a list of the reports; ``history.columns()`` is a dict of lists.
 
     Raises:
         TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range.
 
-    Cost: one gradient and ``n`` products (direct) or up to ``max_iter`` products (cg), each 2 gradients.
+    Cost: one gradient, 5 to 30 products of 2 gradients each, a few evaluations of the loss.
 
     Reference: Conn, Gould and Toint (2000), Trust-region methods; Steihaug (1983).
 
@@ -75,53 +89,37 @@ class Newton(SecondOrderOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1.0,
         *,
-        radius: float = 1.0,
+        radius: float | None = None,
         solver: str = "auto",
         direct_limit: int = 1000,
+        memory: float = 2.0**32,
+        gain: float = 1.0,
         rtol: float = 1e-2,
         max_iter: int = 250,
         max_trials: int = 10,
+        max_extension: float = 16.0,
         weight_decay: float = 0.0,
         damping_scale: float = 1.0,
         maximize: bool = False,
         model: nn.Module | None = None,
+        history: bool = False,
+        callback: Callable[[StepReport], Any] | None = None,
         **unsupported: Any,
     ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("self", "params", "unsupported", "__class__")}
         refuse(type(self), unsupported)
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            radius=radius,
-            solver=solver,
-            direct_limit=direct_limit,
-            rtol=rtol,
-            max_iter=max_iter,
-            max_trials=max_trials,
-            weight_decay=weight_decay,
-            damping_scale=damping_scale,
-            maximize=maximize,
-        )
-        super().__init__(params, defaults, model)
+        super().__init__(params, options)
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
-        check_lr(options)
-        check_not_negative(options, "weight_decay")
-        check_positive(options, "radius", "damping_scale", "rtol")
-        check_count(options, "direct_limit", "max_iter", "max_trials")
+        check_shared(options)
+        check_optional(options, "radius")
+        check_count(options, "direct_limit")
         check_choice(options, "solver", SOLVERS)
 
-    def _curvature(self, evaluation: Evaluation) -> tuple[LinearOperator, str]:
-        return Hessian(evaluation.objective, self._parameters()), "hessian"
+    def _curvature(self, evaluation: Evaluation) -> Curvature:
+        return hessian(evaluation, moving(self.param_groups))
 
-    def _solve(self, model: QuadraticModel) -> Proposal:
+    def _method(self) -> Method:
         group = self.param_groups[0]
-        radius = group["radius"]
-        if isinstance(model.curvature, MatrixOperator):
-            return Proposal(trust_region(model.curvature.spectrum, -model.gradient, radius))
-        result = steihaug(
-            model.curvature, -model.gradient, radius, rtol=group["rtol"], max_iter=group["max_iter"]
-        )
-        return Proposal(result, line_search=True)
-
-    def _adapt(self, rho: float, step_norm: float) -> None:
-        self._set_in_all_groups(radius=control.trust_radius(self.param_groups[0]["radius"], rho, step_norm))
+        return Method("radius", WITHIN, trust_radius, in_radius(group["rtol"], group["max_iter"]))

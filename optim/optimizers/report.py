@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 # Of an optimizer, and why.
 NOT_TRIED = (
@@ -13,7 +15,8 @@ NOT_TRIED = (
 )
 
 
-class StepReport(NamedTuple):
+@dataclass(frozen=True)
+class StepReport:
     """What the last step did.
 
     Attributes:
@@ -21,19 +24,24 @@ class StepReport(NamedTuple):
             weight decay.
         new_loss: The same after it; equal to ``loss`` where no step was taken, NaN where it was not tried.
         accepted: Whether the parameters moved.
-        rho: Reduction ratio, actual over predicted decrease, of the last full solution of the model, before
-            any line search; NaN when there was none.
+        rho: Reduction ratio, actual over predicted decrease, of the solution of the model that the step was made
+            of, before any search or extension; NaN when there was none.
         damping: Damping for the next step; 0.0 for a method with a radius.
         radius: Trust radius for the next step; infinity for a method with damping.
         gradient_norm: Euclidean norm of the gradient before the step.
         step_norm: Euclidean norm of the step taken.
-        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``), or "zero_gradient", "zero_lr",
-            "non_finite" where there was nothing to solve; "noise_floor" where loss and gradients show no
-            decrease that rounding would not hide.
-        iterations: Of the solver, all trials together.
-        trials: Systems solved.
+        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``; "stopped": another product would not have
+            paid), or "zero_gradient", "zero_lr", "non_finite" where there was nothing to solve; "noise_floor"
+            where loss and gradients show no decrease that rounding would not hide.
+        iterations: Dimension of the space in which the step was found, or iterations of CG in all trials.
+        trials: Dampings or radii that were tried.
+        products: With the curvature.
         curvature: Which curvature was used, and why.
+        form: "grown", "formed" or "cg", and why.
+        noisy: Whether the loss was of other samples than that which the last step left.
         gradient_equivalents: Cost of the step, in gradients.
+        seconds: Of the parts "record" (the closure and its curvature), "products", "trials" and "algebra". On a
+            device they are those of the host, which waits at reads. Not compared by ``==``.
     """
 
     loss: float
@@ -47,15 +55,33 @@ class StepReport(NamedTuple):
     status: str
     iterations: int
     trials: int
+    products: int
     curvature: str
+    form: str
+    noisy: bool
     gradient_equivalents: float
+    seconds: Mapping[str, float] = field(compare=False, default_factory=dict)
 
     def __repr__(self) -> str:
         size = f"damping={self.damping:.3g}" if self.radius == math.inf else f"radius={self.radius:.3g}"
+        noisy = ", noisy=True" if self.noisy else ""
         return (
             f"StepReport(loss={self.loss:.6g} -> {self.new_loss:.6g}, accepted={self.accepted}, "
             f"rho={self.rho:.3g}, {size}, gradient_norm={self.gradient_norm:.3g}, "
             f"step_norm={self.step_norm:.3g}, status={self.status!r}, iterations={self.iterations}, "
-            f"trials={self.trials}, curvature={self.curvature!r}, "
-            f"gradient_equivalents={self.gradient_equivalents:.1f})"
+            f"trials={self.trials}, products={self.products}, curvature={self.curvature!r}, "
+            f"form={self.form!r}{noisy}, gradient_equivalents={self.gradient_equivalents:.1f}, "
+            f"seconds={sum(self.seconds.values()):.3g})"
         )
+
+
+class History(list[StepReport]):
+    """The reports of all steps."""
+
+    def columns(self) -> dict[str, list[Any]]:
+        """One list for each attribute of the reports; for ``seconds`` one for each part."""
+        names = [each.name for each in fields(StepReport) if each.name != "seconds"]
+        table: dict[str, list[Any]] = {name: [getattr(report, name) for report in self] for name in names}
+        for part in ("record", "products", "trials", "algebra"):
+            table[f"seconds_{part}"] = [report.seconds.get(part, 0.0) for report in self]
+        return table

@@ -1,0 +1,63 @@
+"""All of the space of parameters: the matrix is formed, and every damping or radius is free."""
+
+from __future__ import annotations
+
+import time
+
+from optim.methods.problem import QuadraticModel
+from optim.methods.subspace import Bound, Diagonal, Solution
+from secondorder.solvers.direct import spectrum
+
+
+class Formed:
+    """The eigendecomposition of the whole matrix.
+
+    Args:
+        model: Its gradient is not zero.
+        bound: Damped, or within a radius.
+    """
+
+    is_free = True
+
+    def __init__(self, model: QuadraticModel, bound: Bound) -> None:
+        self._bound, self._b = bound, -model.gradient
+        start = time.perf_counter()
+        matrix = model.curvature.dense()
+        self.size = self.products = len(self._b)
+        self.seconds = time.perf_counter() - start
+        if not bool(matrix.isfinite().all()):
+            self.size = 0
+            return
+        self._spectrum = spectrum((matrix + matrix.T) / 2, self._b)
+        # The small algebra is on the host, in double precision.
+        self._values = self._spectrum.values.double().cpu()
+        self._target = (self._spectrum.vectors.T @ self._b).double().cpu()
+
+    def solve(self, size: float) -> Solution:
+        """Minimise with damping ``size``, or within that radius."""
+        solution = self._solution(self._bound.minimise, size)
+        if self._bound.reflected is None or not float(self._values[0]) < -self._spectrum.rounding:
+            return solution
+        return solution._replace(other=self._solution(self._bound.reflected, size))
+
+    def _solution(self, minimise: Diagonal, size: float) -> Solution:
+        found = minimise(self._values, self._target, size, self._b.dtype)
+        y = found.values
+        return Solution(
+            self._spectrum.vectors @ y.to(self._b),
+            float(self._target @ y),
+            float(self._values @ y.square()),
+            float(y.norm()),
+            found.status,
+            found.shift,
+        )
+
+    def steepest(self) -> float:
+        """Curvature along the gradient."""
+        target = self._target / self._target.abs().max()
+        return float(self._values @ target.square() / target.square().sum())
+
+    def lowest(self) -> float:
+        """The smallest eigenvalue, where it is one and not rounding."""
+        lowest = float(self._values[0])
+        return lowest if lowest > self._spectrum.rounding else 0.0

@@ -1,0 +1,61 @@
+"""Which form of the space a step gets: a cost model, and a bound on memory. Numbers in, numbers out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# A column of a formed matrix costs this part of a product alone: columns come in blocks, and in products of small
+# networks most of the time is that of calls.
+BLOCK_COST = 0.5
+# The part of the known cost of a grown space that stays after a step with the formed matrix: after some of them
+# the grown space is measured again.
+KEPT = 0.95
+# A space that may hold fewer directions than this is worth less than CG.
+LEAST_SIZE = 8
+# Vectors of the length of the parameters for each direction: V, B V, and that of the last step.
+VECTORS = 3
+
+
+class Form(NamedTuple):
+    """``name`` is "grown", "formed" or "cg"; ``max_size`` bounds the dimension of a grown space."""
+
+    name: str
+    why: str
+    max_size: int
+
+
+def choose(
+    solver: str, n: int, dtype: torch.dtype, *, usual: float, memory: float, max_iter: int, direct_limit: int
+) -> Form:
+    """The form for a model of ``n`` parameters.
+
+    Args:
+        solver: "auto", or a form that is asked for.
+        n: Parameters.
+        dtype: Of the vectors.
+        usual: Products that the grown space has been costing; 0 where that is not known.
+        memory: Bytes that a space may take.
+        max_iter: Products allowed.
+        direct_limit: Parameters up to which "auto" may form the matrix; 0 for never.
+    """
+    room = int(memory / (VECTORS * n * dtype.itemsize))
+    size = max(1, min(n, max_iter, room))
+    if solver == "direct":
+        return Form("formed", "as asked", n)
+    if solver == "cg":
+        return Form("cg", "as asked", 0)
+    if solver == "auto" and room < min(LEAST_SIZE, n):
+        return Form("cg", f"memory={memory:.3g} bytes hold {room} directions", 0)
+    # In single precision the small eigenvalues of a formed matrix are rounding.
+    if solver == "auto" and n <= direct_limit and dtype == torch.float64 and BLOCK_COST * n <= usual:
+        return Form("formed", f"{n} columns cost less than the usual {usual:.0f} products", n)
+    return Form("grown", "as asked" if solver == "subspace" else "by products", size)
+
+
+def usual_cost(usual: float, form: Form, products: int) -> float:
+    """What the grown space costs, after a step."""
+    if form.name != "grown":
+        return KEPT * usual
+    return float(products) if usual == 0 else 0.5 * (usual + products)

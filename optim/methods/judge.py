@@ -1,0 +1,56 @@
+"""The reduction ratio of a trial, from the loss or, where that is too coarse, from gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from optim.methods import control
+from optim.methods.problem import Problem, QuadraticModel, Trial
+
+
+class Judgement(NamedTuple):
+    """What a trial says about the model.
+
+    Attributes:
+        rho: Reduction ratio; minus infinity where there is none.
+        is_quiet: It is that of gradients: what the step changes is rounding of the loss.
+        is_seen: Ten thousand times as much decrease would be seen in the loss.
+    """
+
+    rho: float
+    is_quiet: bool = False
+    is_seen: bool = True
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the step is worth taking."""
+        return self.rho > control.ACCEPTANCE
+
+    def for_control(self, holds_back: bool) -> float:
+        """``rho``, or what it may tell the control where only gradients told it.
+
+        Args:
+            holds_back: Whether damping or radius is what limits the step.
+        """
+        return control.quiet_ratio(self.rho, holds_back and self.is_seen) if self.is_quiet else self.rho
+
+
+def judge(problem: Problem, model: QuadraticModel, trial: Trial, predicted: float) -> Judgement:
+    """Compare a trial with the decrease that the model predicts for it.
+
+    Where the predicted decrease lies below the rounding of the loss, or loss and model disagree by no more
+    than a loss with cancelling terms rounds away, the actual decrease is that of the trapezoid rule,
+    ``-(g + g_new) . step / 2``: one more gradient.
+    """
+    actual = problem.decrease(trial)
+    noise = problem.noise(trial)
+    rho = control.reduction_ratio(actual, predicted)
+    in_noise = control.is_noise(actual, predicted, noise)
+    if not in_noise and not control.is_unseen(actual, predicted, noise):
+        return Judgement(rho)
+    trapezoid = -0.5 * float((model.gradient + problem.gradient(trial)).dot(trial.step))
+    by_gradients = control.reduction_ratio(trapezoid, predicted)
+    if by_gradients > control.ACCEPTANCE or predicted <= control.CANCELLATION * noise:
+        return Judgement(by_gradients, True, control.REACH * predicted > noise)
+    # Both say that a large step gains nothing; at a loss of zero there is no rounding to compare with.
+    return Judgement(rho, trial.value == 0)

@@ -1,0 +1,59 @@
+"""What a method sees of what it minimises: a quadratic model, and trials of steps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from secondorder import LinearOperator
+
+
+class QuadraticModel(NamedTuple):
+    """``m(p) = value + gradient . p + p . curvature p / 2``.
+
+    Attributes:
+        value: Objective at the present point.
+        gradient: Its gradient, flat, shape (n,), in single precision at least.
+        curvature: Symmetric operator on flat vectors, undamped.
+    """
+
+    value: float
+    gradient: Tensor
+    curvature: LinearOperator
+
+
+class Trial(NamedTuple):
+    """A step that was tried.
+
+    Attributes:
+        step: Flat, shape (n,), in the variables of the model.
+        value: Objective after it; NaN, which no comparison prefers, where that is not finite or not known.
+        point: What the problem keeps of the evaluation, so that an accepted one is not made again.
+    """
+
+    step: Tensor
+    value: float
+    point: Any = None
+
+
+class Problem(Protocol):
+    """A function to be minimised, seen from its present point."""
+
+    def model(self) -> QuadraticModel:
+        """Value, gradient and curvature here."""
+
+    def evaluate(self, step: Tensor) -> Trial:
+        """The objective after a step, which is not taken."""
+
+    def decrease(self, trial: Trial) -> float:
+        """The actual decrease, as exactly as the problem knows it."""
+
+    def noise(self, trial: Trial) -> float:
+        """Rounding of ``decrease``: a smaller one means nothing."""
+
+    def gradient(self, trial: Trial) -> Tensor:
+        """The gradient after the step, shape (n,); asked for where the decrease is noise."""
+
+    def move(self, trial: Trial) -> None:
+        """Take the step."""

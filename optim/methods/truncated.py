@@ -1,0 +1,108 @@
+"""Three vectors of CG: a new damping or radius is another solve. For where memory for a space is short."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from optim.methods.problem import QuadraticModel
+from optim.methods.subspace import Solution
+from secondorder import LinearOperator, SolveResult, cg, steihaug
+from secondorder.solvers import RelativeProgress
+
+# Curvature, minus the gradient, damping or radius.
+Solver = Callable[[LinearOperator, Tensor, float], tuple[SolveResult, tuple[Tensor, ...]]]
+
+# Below this relative residual CG has nothing left to gain (Martens' code).
+RTOL = 1e-10
+
+
+class Truncated:
+    """Solves from scratch for each damping or radius.
+
+    Args:
+        model: Its gradient is not zero.
+        solver: Gives a result whose ``quadratic`` is that of the undamped curvature, and earlier iterates.
+        damps: Whether sizes are dampings.
+
+    Attributes:
+        last: The last solution; None before it.
+    """
+
+    last: Tensor | None = None
+
+    is_free = False
+
+    def __init__(self, model: QuadraticModel, solver: Solver, damps: bool) -> None:
+        self._model, self._solver, self._damps = model, solver, damps
+        self.size = self.products = 0
+        self.seconds = 0.0
+
+    def solve(self, size: float) -> Solution:
+        """Minimise with damping ``size``, or within that radius."""
+        b = -self._model.gradient
+        start = time.perf_counter()
+        result, earlier = self._solver(self._model.curvature, b, size)
+        self.seconds += time.perf_counter() - start
+        self.products += result.products
+        self.size += result.iterations
+        self.last = x = result.x
+        shift = size if self._damps else 0.0
+        return Solution(
+            x, float(b.dot(x)), result.quadratic, float(x.norm()), result.status, shift, earlier
+        )
+
+    def steepest(self) -> float:
+        """Curvature along the gradient: a product."""
+        self.products += 1
+        g = self._model.gradient
+        g = g / g.abs().max()
+        return float(g.dot(self._model.curvature @ g) / g.dot(g))
+
+    def lowest(self) -> float:
+        """Not known."""
+        return 0.0
+
+
+def conjugate_gradients(rtol: float, max_iter: int) -> Solver:
+    """CG to a relative residual."""
+
+    def solve(B: LinearOperator, b: Tensor, damping: float) -> tuple[SolveResult, tuple[Tensor, ...]]:
+        return undamped(cg(B + damping, b, rtol=rtol, max_iter=max_iter), damping), ()
+
+    return solve
+
+
+def truncated_gradients(progress: float, max_iter: int, start: Tensor | None) -> Solver:
+    """CG from ``start``, until the model makes little progress, with its iterates on the way.
+
+    Reference: Martens (2010), Deep learning via Hessian-free optimization, sections 4.4 and 4.6.
+    """
+    first = start
+
+    def solve(B: LinearOperator, b: Tensor, damping: float) -> tuple[SolveResult, tuple[Tensor, ...]]:
+        nonlocal first
+        stop = RelativeProgress(progress)
+        result = cg(B + damping, b, x0=first, rtol=RTOL, max_iter=max_iter, callback=stop)
+        first = result.x if bool(result.x.isfinite().all()) else torch.zeros_like(b)
+        earlier = tuple(x for x in stop.kept if x is not result.x)
+        return undamped(result, damping), earlier
+
+    return solve
+
+
+def in_radius(rtol: float, max_iter: int) -> Solver:
+    """Steihaug's CG."""
+
+    def solve(B: LinearOperator, b: Tensor, radius: float) -> tuple[SolveResult, tuple[Tensor, ...]]:
+        return steihaug(B, b, radius, rtol=rtol, max_iter=max_iter), ()
+
+    return solve
+
+
+def undamped(result: SolveResult, damping: float) -> SolveResult:
+    """With the quadratic of ``B`` in place of that of ``B + damping``."""
+    return result._replace(quadratic=result.quadratic - damping * float(result.x.dot(result.x)))

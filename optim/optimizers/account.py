@@ -1,0 +1,78 @@
+"""What a step cost, and its report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from optim.optimizers.minimise import Result
+from optim.optimizers.problem import ClosureProblem
+from optim.optimizers.report import StepReport
+
+# In gradients (one forward and one backward pass, the backward twice the forward). The step's own counts twice:
+# its graph is kept, and that of the curvature made.
+FORWARD_COST, RECORD_COST = 1 / 3, 2.0
+
+
+class Clock:
+    """Seconds of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._recorded = time.perf_counter()
+
+    def recorded(self) -> None:
+        """The closure ran, and its curvature is set up."""
+        self._recorded = time.perf_counter()
+
+    def parts(self, products: float, trials: float) -> dict[str, float]:
+        """With what the rest says of itself."""
+        rest = time.perf_counter() - self._recorded - products - trials
+        return dict(
+            record=self._recorded - self._start, products=products, trials=trials, algebra=max(rest, 0.0)
+        )
+
+
+class Cost(NamedTuple):
+    """Evaluations before the step, and the cost of a product in gradients."""
+
+    evaluations: int
+    product: float
+
+
+def reported(
+    problem: ClosureProblem,
+    result: Result,
+    group: Mapping[str, Any],
+    curvature: str,
+    cost: Cost,
+    clock: Clock,
+) -> StepReport:
+    """The report of a step that is about to be taken."""
+    outcome, space, spent = result.outcome, result.space, problem.spent
+    trial, value = outcome.trial, problem.model().value
+    products = 0 if space is None else space.products
+    noise = group["batch_noise"]
+    return StepReport(
+        loss=value,
+        new_loss=value if trial is None else trial.value,
+        accepted=trial is not None,
+        rho=outcome.rho,
+        damping=group.get("damping", 0.0),
+        radius=group.get("radius", math.inf),
+        gradient_norm=problem.slope(),
+        step_norm=problem.length(trial),
+        status=outcome.status,
+        iterations=0 if space is None else space.size,
+        trials=outcome.trials,
+        products=products,
+        curvature=curvature,
+        form="" if result.form is None else f"{result.form.name} ({result.form.why})",
+        noisy=bool(noise and noise[-1]),
+        gradient_equivalents=RECORD_COST
+        + products * cost.product
+        + FORWARD_COST * (cost.evaluations + spent.evaluations)
+        + spent.gradients,
+        seconds=clock.parts(0.0 if space is None else space.seconds, spent.seconds),
+    )

@@ -1,0 +1,177 @@
+"""One step of an optimizer, from a problem and its groups to what the method came to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim.methods import control, search
+from optim.methods.batches import BatchNoise
+from optim.methods.control import Rule
+from optim.methods.formed import Formed
+from optim.methods.forms import Form, choose, usual_cost
+from optim.methods.grown import Grown, Growth, Ritz, norm
+from optim.methods.problem import QuadraticModel, Trial
+from optim.methods.step import Options, Outcome, Step
+from optim.methods.subspace import Bound, Subspace
+from optim.methods.truncated import Solver, Truncated
+from optim.optimizers.groups import Groups, of_groups
+from optim.optimizers.problem import ClosureProblem
+from secondorder.vectors.flat import is_finite
+
+# The first damping, of the curvature along the gradient (METHODS 12.1).
+FIRST_DAMPING = 0.1
+# Below this part of the smallest Ritz value damping changes nothing.
+LEAST_DAMPING = 0.1
+
+
+class Method(NamedTuple):
+    """What tells the optimizers apart, beside their curvature.
+
+    Attributes:
+        size: The option that is controlled, "damping" or "radius".
+        bound: How it bounds a step.
+        rule: How it follows the trials.
+        truncated: CG in place of a space.
+    """
+
+    size: str
+    bound: Bound
+    rule: Rule
+    truncated: Solver
+
+
+class Memory(NamedTuple):
+    """Vectors that the last step left; None where there are none."""
+
+    ritz: Ritz | None = None
+    step: Tensor | None = None
+
+
+class Result(NamedTuple):
+    """What a step came to, in what space, and the numbers that it leaves to the next."""
+
+    outcome: Outcome
+    space: Subspace | None = None
+    form: Form | None = None
+    learned: Mapping[str, Any] = {}  # noqa: RUF012 - never written to
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the samples were others than those of the last step."""
+        return bool(self.learned) and self.learned["batch_noise"][-1]
+
+
+def minimise(
+    problem: ClosureProblem, groups: Groups, method: Method, memory: Memory, tries: bool
+) -> Result:
+    """Choose the space, and find the step in it.
+
+    Args:
+        problem: At the present parameters.
+        groups: Of the optimizer; the first has the joint options.
+        method: Of the optimizer.
+        memory: Of the last step.
+        tries: Whether the loss can judge a step; else the first solution is it.
+    """
+    group, model = groups[0], problem.model()
+    form = _form(group, model.gradient)
+    space = _space(model, method, form, group, memory.ritz)
+    if space.size == 0 and space.is_free:
+        return Result(Outcome("non_finite"), space, form, {})
+    noise = _noise(problem, group, memory.step) if tries else BatchNoise()
+    start = _start(group, method, model, space, noise)
+    rates = of_groups(groups, "lr", model.gradient)
+    if not tries:
+        return Result(_untried(space, start, rates), space, form, {})
+    rate = 1.0 if isinstance(rates, Tensor) else rates
+    # A rate below one asks for short steps.
+    longest = group["max_extension"] if rates == 1.0 and not noise.is_seen else 1.0
+    options = Options(rate, group["max_trials"], is_bold=group[method.size] is None, longest=longest)
+    outcome = Step(problem, model, space, method.rule, options).take(start)
+    if isinstance(rates, Tensor) and outcome.trial is not None:
+        outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rates))
+    value = model.value if outcome.trial is None else outcome.trial.value
+    learned = {
+        method.size: _settled(outcome.size, start, method, space, noise),
+        "batch_noise": tuple(noise.stepped(model.value, value)),
+        "usual_products": usual_cost(group["usual_products"], form, space.products),
+    }
+    return Result(outcome, space, form, learned)
+
+
+def _noise(problem: ClosureProblem, group: Mapping[str, Any], last: Tensor | None) -> BatchNoise:
+    """Whether these are other samples; where they are, the last step is tried on them: an evaluation."""
+    noise = BatchNoise(*(group["batch_noise"] or ())).observed(problem.model().value)
+    if not noise.is_seen or last is None:
+        return noise
+    return noise.tested(problem.evaluate(-last).value, problem.model().value)
+
+
+def _form(group: Mapping[str, Any], like: Tensor) -> Form:
+    return choose(
+        group["solver"],
+        like.numel(),
+        like.dtype,
+        usual=group["usual_products"],
+        memory=group["memory"],
+        max_iter=group["max_iter"],
+        direct_limit=group.get("direct_limit", 0),
+    )
+
+
+def _space(
+    model: QuadraticModel, method: Method, form: Form, group: Mapping[str, Any], ritz: Ritz | None
+) -> Subspace:
+    if form.name == "formed":
+        return Formed(model, method.bound)
+    if form.name == "cg":
+        return Truncated(model, method.truncated, damps=method.size == "damping")
+    return Grown(model, method.bound, Growth(group["gain"], group["rtol"], form.max_size), ritz)
+
+
+def _start(
+    group: Mapping[str, Any], method: Method, model: QuadraticModel, space: Subspace, noise: BatchNoise
+) -> float:
+    """The first damping or radius of this step: in the first step, from the function."""
+    size, damps = group[method.size], method.size == "damping"
+    if size is not None:
+        factor = noise.factor
+        return float(size * factor if damps else size / factor)
+    curvature = abs(space.steepest())
+    if damps:
+        return min(max(FIRST_DAMPING * curvature, control.MIN_DAMPING), control.MAX_DAMPING) or 1.0
+    length = norm(model.gradient)
+    return length / curvature if curvature > 0 and math.isfinite(length / curvature) else 1.0
+
+
+def _settled(
+    size: float | None, start: float, method: Method, space: Subspace, noise: BatchNoise
+) -> float | None:
+    """The next damping or radius; where batches differ a trial may not loosen it."""
+    if size is None or method.size == "radius":
+        return size if size is None or not noise.is_seen else min(size, start)
+    if noise.is_seen:
+        return max(size, start)
+    return max(size, min(start, LEAST_DAMPING * space.lowest()))
+
+
+def _untried(space: Subspace, size: float, rates: float | Tensor) -> Outcome:
+    solution = space.solve(size)
+    step = rates * solution.step
+    trial = Trial(step, math.nan) if is_finite(step) else None
+    return Outcome(solution.status, trial=trial, trials=1)
+
+
+def _with_rates(problem: ClosureProblem, model: QuadraticModel, full: Trial, rates: Tensor) -> Trial | None:
+    """The step entry by entry times its rate, which is no longer the model's; else a shorter whole one."""
+    trial = problem.evaluate(rates * full.step)
+    if search.decreases_enough(model, trial):
+        return trial
+    # Not those that do not move.
+    smallest = float(rates[rates > 0].min())
+    return search.backtrack(problem, model, torch.where(rates > 0, smallest, 0.0) * full.step)
