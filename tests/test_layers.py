@@ -28,6 +28,7 @@ ORDER = [
     "secondorder.decompose",
     "secondorder.functional",
     "secondorder.operators",
+    "secondorder.operators.products",
     "secondorder.operators.linear",
     "secondorder.operators.matrix",
     "secondorder.operators.parameters",

@@ -7,8 +7,7 @@ have shape ``(n,)``, blocks of ``k`` vectors ``(n, k)``.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -16,8 +15,8 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from secondorder.operators.products import Products
 from secondorder.solvers import SolveResult, cg, direct, lsmr, minres
-from secondorder.solvers._probes import identity_blocks
 from secondorder.vectors.flat import on_parts
 
 Product = Callable[[Tensor], Tensor]
@@ -26,7 +25,7 @@ Product = Callable[[Tensor], Tensor]
 DIRECT_LIMIT = 500
 
 
-class LinearOperator(ABC):
+class LinearOperator(Products):
     """A linear map from vectors of shape ``(n,)`` to vectors of shape ``(m,)``.
 
     Attributes:
@@ -39,33 +38,6 @@ class LinearOperator(ABC):
     multiplies by it; ``A + B``, ``A - B``, ``c * A`` and ``-A`` are operators; ``A + c`` with a number adds
     ``c I``, with a vector of shape ``(n,)`` a diagonal. Nothing is computed before a product is asked for.
     """
-
-    is_symmetric = True
-
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.device = device
-
-    @abstractmethod
-    def _matvec(self, v: Tensor) -> Tensor:
-        """The product with one vector of shape (n,), checked before."""
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        """The product with a block of shape (n, k), checked before."""
-        return torch.stack([self._matvec(v) for v in V.T], dim=1)
-
-    def _rmatvec(self, u: Tensor) -> Tensor:
-        """The product of the transpose with one vector of shape (m,), checked before."""
-        if self.is_symmetric:
-            return self._matvec(u)
-        raise NotImplementedError(f"{type(self).__name__} has no transpose; give it a method _rmatvec.")
-
-    def _rmatmat(self, U: Tensor) -> Tensor:
-        """The product of the transpose with a block of shape (m, k), checked before."""
-        if self.is_symmetric:
-            return self._matmat(U)
-        return torch.stack([self._rmatvec(u) for u in U.T], dim=1)
 
     @overload
     def __matmul__(self, v: Tensor) -> Tensor: ...
@@ -126,47 +98,11 @@ class LinearOperator(ABC):
     # The tensors whose flat vectors it takes and gives, where it knows them.
     _parts: tuple[Tensor, ...] | None = None
 
-    # Whether complex vectors are pairs of real numbers to it.
-    _is_real_linear = False
-
     # The operator of which this is the transpose.
     _original: LinearOperator | None = None
 
     def _times_transposed(self, u: Tensor) -> Tensor:
         return self._rmatvec(u) if u.ndim == 1 else self._rmatmat(u)
-
-    def dense(self, chunk_size: int = 128) -> Tensor:
-        """The matrix, shape (m, n): ``n`` products, ``chunk_size`` at a time."""
-        columns = [self @ basis for basis in self._basis(chunk_size)]
-        if not columns:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return torch.cat(columns, dim=1)
-
-    def diagonal(self, chunk_size: int = 128) -> Tensor:
-        """The diagonal of a square operator, shape (n,): ``n`` products, ``chunk_size`` at a time.
-
-        Raises:
-            ValueError: the operator is not square.
-        """
-        self._require_square("diagonal")
-        parts = [(basis * (self @ basis)).sum(0) for basis in self._basis(chunk_size)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype, device=self.device)
-
-    def _basis(self, chunk_size: int) -> Iterator[Tensor]:
-        """The identity, ``chunk_size`` columns at a time."""
-        if self._is_real_linear:
-            raise TypeError(
-                "for complex parameters the map is linear over the real numbers only, and has no complex"
-                " matrix; use torch.view_as_real."
-            )
-        if not (isinstance(chunk_size, int) and chunk_size >= 1):
-            raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
-        like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape[1])
-        return (basis for _, basis in identity_blocks(like, chunk_size))
-
-    def _require_square(self, what: str) -> None:
-        if self.shape[0] != self.shape[1]:
-            raise ValueError(f"{what} needs a square operator, got shape {self.shape}.")
 
     def solve(
         self,
@@ -347,9 +283,6 @@ class LinearOperator(ABC):
 
     def __neg__(self) -> LinearOperator:
         return -1.0 * self
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
 
 
 def _bracketed(operator: LinearOperator) -> str:
