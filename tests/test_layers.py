@@ -28,6 +28,8 @@ ORDER = [
     "secondorder.decompose",
     "secondorder.functional",
     "secondorder.operators",
+    "secondorder.operators.solve",
+    "secondorder.operators.convert",
     "secondorder.operators.products",
     "secondorder.operators.linear",
     "secondorder.operators.matrix",

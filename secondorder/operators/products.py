@@ -47,6 +47,9 @@ class Products(ABC):
             return self._matmat(U)
         return torch.stack([self._rmatvec(u) for u in U.T], dim=1)
 
+    def _times_transposed(self, u: Tensor) -> Tensor:
+        return self._rmatvec(u) if u.ndim == 1 else self._rmatmat(u)
+
     def dense(self, chunk_size: int = 128) -> Tensor:
         """The matrix, shape (m, n): ``n`` products, ``chunk_size`` at a time."""
         columns = [self._matmat(basis) for basis in self._basis(chunk_size)]
