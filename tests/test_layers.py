@@ -39,6 +39,7 @@ ORDER = [
     "secondorder.data",
     "secondorder.data.batches",
     "secondorder.data.reduction",
+    "secondorder.data.passes",
     "secondorder.data.objective",
     "secondorder.influence",
     "secondorder",
