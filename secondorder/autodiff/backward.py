@@ -189,13 +189,12 @@ class HessianGraph(NamedTuple):
             is_plain: False where products are not symmetric for a reason that the graph does not show.
             left: Multiply from the left, where products are not symmetric.
         """
-        side = graph.Kinds.of((value, *gradient), inputs).side(
-            is_plain, otherwise="left" if left else "right"
-        )
+        kinds = graph.Kinds.of((value, *gradient), inputs)
+        side = kinds.side(is_plain, otherwise="left" if left else "right")
         plain = cls(gradient, inputs)
         if side == "right" or (side == "left unless nan" and plain.is_nan()):
             return cls.by_rows(value, gradient, inputs)
-        if value is not None:
+        if value is not None and kinds.has_convolutions:
             lighten_gradients(gradient, (value,))
         return plain
 

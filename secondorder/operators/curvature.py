@@ -110,6 +110,7 @@ class Hessian(ParameterOperator):
         kinds = Kinds.of((loss, *grads), self.parameters)
         # Where ``v^T H`` may be NaN the first product finds out.
         side = kinds.side(not self.gradient.is_complex(), otherwise="left")
+        self._has_convolutions = kinds.has_convolutions
         self._by_rows, self._may_be_nan = side == "right", side == "left unless nan"
         self._kept = self._pass_of(grads) if keep_graph else None
 
@@ -146,7 +147,8 @@ class Hessian(ParameterOperator):
     def _pass_of(self, grads: MaybeTensors) -> Pass:
         if self._by_rows:
             return Pass(*HessianGraph.by_rows(self._loss, grads, self.parameters))
-        lighten_gradients(grads, (self._loss,))
+        if self._has_convolutions:
+            lighten_gradients(grads, (self._loss,))
         return Pass(grads, self.parameters)
 
     def _pass(self) -> Pass:

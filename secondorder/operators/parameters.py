@@ -342,9 +342,9 @@ def check_parameters(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
             raise TypeError(f"parameters[{index}] must be a tensor, got {type(parameter).__name__}.")
     if not tensors:
         raise ValueError("parameters must hold at least one tensor, got none.")
-    first = tensors[0]
+    first, seen = tensors[0], set[int]()
     for index, parameter in enumerate(tensors):
-        if any(parameter is other for other in tensors[:index]):
+        if id(parameter) in seen:
             raise ValueError(f"parameters must hold each tensor once, got parameters[{index}] twice.")
         if not parameter.requires_grad:
             raise ValueError(f"parameters[{index}] must require gradients; call requires_grad_() on it.")
@@ -353,4 +353,5 @@ def check_parameters(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
                 f"parameters must share dtype and device, got {first.dtype} on {first.device} and "
                 f"{parameter.dtype} on {parameter.device}."
             )
+        seen.add(id(parameter))
     return tensors
