@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff import graph
+from secondorder.autodiff.compat import grad_of_fitting
 from secondorder.autodiff.convolutions import lighten_gradients, lighten_rows
 from secondorder.autodiff.graph import Source, end, has_graph, like
 from secondorder.autodiff.ladder import explained, missing
@@ -38,14 +39,26 @@ class Pass:
         self.outputs: tuple[Any, ...] = tuple(outputs)
         self.inputs: tuple[Any, ...] = tuple(inputs)
         self._live = [i for i, z in enumerate(outputs) if z is not None and has_graph(z)]
-        self._ends = [end(self.outputs[i]) for i in self._live], [end(x) for x in inputs]
+        self._roots = tuple([end(self.outputs[i]) for i in self._live])
+        self._ends = tuple([end(x) for x in inputs])
 
     def __call__(self, v: Sequence[Tensor], batched: bool = False) -> list[Tensor]:
-        """The product, zeros where there is no path; ``batched`` with a leading dimension on every tensor."""
-        parts = v if len(self._live) == len(v) else [v[i] for i in self._live]
+        """The product with tensors like ``outputs``, zeros where there is no path.
+
+        Where ``batched``, these and those have a leading dimension more.
+        """
+        parts = tuple(v) if len(self._live) == len(v) else tuple([v[i] for i in self._live])
         if batched:
             return self._rows(parts, v[0].shape[0] if v else 0)
-        return _filled(_run(*self._ends, parts) if parts else [None] * len(self.inputs), self.inputs)
+        if not parts:
+            return [torch.zeros_like(like(x)) for x in self.inputs]
+        refuse_inference_mode()
+        try:
+            grads = grad_of_fitting(self._roots, self._ends, parts)
+        except RuntimeError:
+            with explained(_REMEDY):
+                raise
+        return _filled(grads, self.inputs)
 
     def _rows(self, parts: Sequence[Tensor], k: int) -> list[Tensor]:
         if parts and k:
@@ -62,7 +75,7 @@ def pull(
     outputs: Sequence[Source], inputs: Sequence[Source], v: Sequence[Tensor], create_graph: bool = False
 ) -> list[Tensor]:
     """``v^T d outputs / d inputs``; zeros where there is no path. The graph is kept."""
-    return _filled(_run([end(z) for z in outputs], [end(x) for x in inputs], v, create_graph), inputs)
+    return _filled(_run(outputs, inputs, v, create_graph), inputs)
 
 
 def pull_rows(
@@ -86,8 +99,7 @@ def _pull_rows(
 ) -> list[Tensor]:
     if not one_by_one:
         try:
-            ends = [end(z) for z in outputs], [end(x) for x in inputs]
-            grads = _run(*ends, v, create_graph, is_batched=True)
+            grads = _run(outputs, inputs, v, create_graph, is_batched=True)
             k, likes = v[0].shape[0], map(like, inputs)
             return [x.new_zeros((k, *x.shape)) if g is None else g for g, x in zip(grads, likes, strict=True)]
         except RuntimeError as error:
@@ -103,8 +115,8 @@ def _filled(grads: Sequence[Tensor | None], inputs: Sequence[Source]) -> list[Te
 
 
 def _run(
-    outputs: Sequence[Any],
-    inputs: Sequence[Any],
+    outputs: Sequence[Source],
+    inputs: Sequence[Source],
     v: Sequence[Tensor],
     create_graph: bool = False,
     is_batched: bool = False,
@@ -112,8 +124,8 @@ def _run(
     refuse_inference_mode()
     try:
         return torch.autograd.grad(
-            outputs,
-            inputs,
+            [end(z) for z in outputs],
+            [end(x) for x in inputs],
             v,
             create_graph=create_graph,
             retain_graph=True,
