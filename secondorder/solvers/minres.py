@@ -86,49 +86,43 @@ def minres(
 def _solve(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curvature: bool) -> SolveResult:
     """Iterate, verify, and start again from the best point, until that helps no more."""
     system, best, last_start = run.system, run.first, run.first._replace(norm=math.inf)
-    check_at, goal, doubted = FIRST_CHECK, tolerance, None
+    check_at, goal = FIRST_CHECK, tolerance
     while True:
         status = _iterate(run, goal, min(check_at, limit), stop_at_negative_curvature)
         here = system.measure(run.x)
         has_drifted = not run.agrees(here)
         best = here if not here.norm >= best.norm else best
         if best.norm <= tolerance:
-            status = "converged"
-        elif doubted and status != "negative_curvature" and not system.is_better(best, doubted):
+            return _result(run, best, here, "converged")
+        if run.doubted and status != "negative_curvature" and not system.is_better(best, run.doubted):
             # Further on the iterates of an inconsistent system grow beyond bounds.
-            best = here = best if system.is_stationary_at(best) else doubted
-            status = "least_squares"
-            break
-        elif status == "check" and run.iteration >= limit:
-            status = "max_iter"
-        if status in ("max_iter", "negative_curvature", "non_finite") or best.norm <= tolerance:
-            break
-        doubted, run.is_doubted = None, False
-        if status == "least_squares":
-            if not system.is_stationary_at(here):
-                # In the norm of M there is no less; in the Euclidean one there may be.
-                system.M = None
-            elif run.is_closed():
-                break
-            else:
-                # Or the system is ill-conditioned, and there is less further on.
-                doubted, run.is_doubted = best, True
-                check_at = run.iteration + max(run.iteration, FIRST_CHECK)
-                run.advance()
-                continue
-        if status == "check" and not has_drifted:
+            best = best if system.is_stationary_at(best) else run.doubted
+            return _result(run, best, best, "least_squares")
+        if status in ("negative_curvature", "non_finite"):
+            return _result(run, best, here, status)
+        if status == "check" and run.iteration >= limit:
+            return _result(run, best, here, "max_iter")
+        run.doubted = None
+        if status == "least_squares" and not system.is_stationary_at(here):
+            # In the norm of M there is no less; in the Euclidean one there may be.
+            system.M = None
+        elif status == "least_squares" and run.is_closed():
+            return _result(run, best, here, status)
+        elif status == "least_squares":
+            check_at = run.iteration + max(run.iteration, FIRST_CHECK)
+            run.doubt(best)
+            continue
+        elif status == "check" and not has_drifted:
             check_at *= 2
             continue
-        if status == "converged" and system.M is not None and not has_drifted:
+        elif status == "converged" and system.M is not None and not has_drifted:
             # The norm of M says so, the Euclidean one does not yet.
             goal *= 0.5 * tolerance / here.norm
             continue
         if not best.norm < 0.5 * last_start.norm:
-            status = "stagnated"
-            break
+            return _result(run, best, here, "stagnated")
         last_start, check_at, goal = best, run.iteration + FIRST_CHECK, tolerance
         run.start(best)
-    return _result(run, best, here, status)
 
 
 def _result(run: _Recurrence, best: _Verified, last: _Verified, status: str) -> SolveResult:
@@ -159,7 +153,7 @@ def _iterate(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_cu
             run.nonpositive = run.residual_direction
             if stop_at_negative_curvature:
                 return "negative_curvature"
-        if run.is_stationary() and not run.is_doubted:
+        if run.is_stationary() and run.doubted is None:
             return "least_squares"
         run.advance()
 
@@ -174,8 +168,8 @@ class _Recurrence:
     def __init__(self, system: _System, x0: Tensor | None) -> None:
         self.system = system
         self.iteration = 0
-        # Whether the residual seemed to be the least one, and the iteration goes on to see.
-        self.is_doubted = False
+        # Where the residual seemed to be the least one, and the iteration goes on to see.
+        self.doubted: _Verified | None = None
         self.nonpositive: Tensor | None = None
         self.first = system.start(x0)
         self.start(self.first)
@@ -247,6 +241,11 @@ class _Recurrence:
         """Whether the true residual is the recurrence's, to a tenth."""
         z = self.system.precondition(point.residual)
         return float(point.residual.dot(z).clamp(min=0).sqrt()) <= 1.1 * self.phi
+
+    def doubt(self, best: _Verified) -> None:
+        """Go on where a residual seems to be the least one: or the system is ill-conditioned."""
+        self.doubted = best
+        self.advance()
 
     def advance(self) -> None:
         """Rotate, and step to the iterate of least residual."""
