@@ -73,22 +73,7 @@ class Objective:
         parameters: Iterable[Tensor] | None = None,
         progress: bool = False,
     ) -> None:
-        if not l2 >= 0:
-            raise ValueError(f"l2 must be non-negative, got {l2}.")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}.")
-        if isinstance(loss, type) or not callable(loss):
-            raise TypeError(f"loss must be a function or a loss module, got {_kind(loss)}; make an instance.")
-        own = getattr(loss, "reduction", reduction)
-        if own != reduction:
-            raise ValueError(f"loss must reduce as the objective does, got {own!r} and {reduction!r}.")
-        if reduction == "mean" and isinstance(getattr(loss, "weight", None), Tensor):
-            raise ValueError(
-                f"loss must be the mean over samples, got {type(loss).__name__} with class weights,"
-                " whose mean depends on the classes in a batch; use reduction='sum' for both."
-            )
+        _check(model, loss, l2, reduction)
         check_deterministic(model)
         chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
         if parameters is None and not chosen:
@@ -191,6 +176,25 @@ class Objective:
     def __repr__(self) -> str:
         n = sum(p.numel() for p in self.parameters)
         return f"Objective({type(self.model).__name__}, {n} parameters, l2={self.l2}, {self.reduction!r})"
+
+
+def _check(model: Any, loss: Any, l2: float, reduction: str) -> None:
+    if not l2 >= 0:
+        raise ValueError(f"l2 must be non-negative, got {l2}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}.")
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(f"loss must be a function or a loss module, got {_kind(loss)}; make an instance.")
+    own = getattr(loss, "reduction", reduction)
+    if own != reduction:
+        raise ValueError(f"loss must reduce as the objective does, got {own!r} and {reduction!r}.")
+    if reduction == "mean" and isinstance(getattr(loss, "weight", None), Tensor):
+        raise ValueError(
+            f"loss must be the mean over samples, got {type(loss).__name__} with class weights,"
+            " whose mean depends on the classes in a batch; use reduction='sum' for both."
+        )
 
 
 def _kind(value: Any) -> str:
