@@ -232,10 +232,7 @@ def _refuse(
         if what is None and at_this_point is not None:
             what = at_this_point(node, name)
         if what is not None:
-            found[node] = WrongDerivativeError(
-                f"the {order} derivative of {what} is wrong in torch; compute the loss inside"
-                " secondorder.decompose.decompose()."
-            )
+            found[node] = _wrong_derivative(order, what)
         elif isinstance(node, _PythonNode) and (text := _hides_derivative(node._forward_cls)):
             found[node] = WrongDerivativeError(text, is_decomposed=False)
     if not found:
@@ -244,6 +241,13 @@ def _refuse(
     for node in found if inputs is None else between(values, inputs):
         if node in found:
             raise found[node]
+
+
+def _wrong_derivative(order: str, what: str) -> WrongDerivativeError:
+    return WrongDerivativeError(
+        f"the {order} derivative of {what} is wrong in torch; compute the loss inside"
+        " secondorder.decompose.decompose()."
+    )
 
 
 def _is_singular_det(node: Any, name: str) -> str | None:

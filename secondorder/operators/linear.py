@@ -226,17 +226,10 @@ class _Derived(LinearOperator):
 def _shifted(A: LinearOperator, shift: Tensor | float) -> LinearOperator:
     """``A + diag(shift)``; a number stands for that multiple of the identity."""
     A._require_square("adding a number or a diagonal")
-    n = A.shape[0]
-    if isinstance(shift, Tensor) and shift.ndim > 0 and tuple(shift.shape) != (n,):
-        raise ValueError(
-            f"shift must be a number or a diagonal of shape ({n},), got {tuple(shift.shape)}; wrap a"
-            " matrix in MatrixOperator."
-        )
+    _check_shift(shift, A.shape[0])
     if isinstance(shift, Tensor):
         # A copy of this dtype: what the caller does with the tensor later does not change the operator.
         shift = shift.detach().to(A.dtype, copy=True)
-    elif not math.isfinite(shift):
-        raise ValueError(f"shift must be finite, got {shift}.")
 
     def times(v: Tensor) -> Tensor:
         if isinstance(shift, Tensor) and shift.ndim == 1 and v.ndim == 2:
@@ -246,6 +239,17 @@ def _shifted(A: LinearOperator, shift: Tensor | float) -> LinearOperator:
     backward = None if A.is_symmetric else lambda u: A.T @ u + times(u)
     what = "diagonal" if isinstance(shift, Tensor) and shift.ndim else f"{float(shift):.6g}"
     return _Derived(f"{_label(A)} + {what}", A.shape, A, lambda v: A @ v + times(v), backward)
+
+
+def _check_shift(shift: Tensor | float, n: int) -> None:
+    if not isinstance(shift, Tensor):
+        if not math.isfinite(shift):
+            raise ValueError(f"shift must be finite, got {shift}.")
+    elif shift.ndim > 0 and tuple(shift.shape) != (n,):
+        raise ValueError(
+            f"shift must be a number or a diagonal of shape ({n},), got {tuple(shift.shape)}; wrap a"
+            " matrix in MatrixOperator."
+        )
 
 
 def _composed(A: LinearOperator, B: LinearOperator) -> LinearOperator:

@@ -145,12 +145,7 @@ class Jacobian(LinearOperator):
         first = self.parameters[0]
         if not any(map(has_graph, self._sources)):
             raise ValueError("outputs must carry a graph; compute them with gradients on.")
-        for output in self.outputs:
-            if output.device != first.device or output.is_complex() != first.is_complex():
-                raise ValueError(
-                    f"outputs and parameters must be on one device, and real or complex together, got"
-                    f" {output.dtype} on {output.device} and {first.dtype} on {first.device}."
-                )
+        _check_outputs(self.outputs, first)
         self._batched = self._batched_transpose = batched
         self._rung = current()
         self._rows, self._columns = Layout(self.outputs), Layout(self.parameters)
@@ -327,6 +322,15 @@ def tried(operator: AnyOperator) -> AnyOperator:
     if graph.has_missing(operator.differentiated()):
         operator @ torch.zeros(operator.shape[1], dtype=operator.dtype, device=operator.device)
     return operator
+
+
+def _check_outputs(outputs: Iterable[Tensor], first: Tensor) -> None:
+    for output in outputs:
+        if output.device != first.device or output.is_complex() != first.is_complex():
+            raise ValueError(
+                f"outputs and parameters must be on one device, and real or complex together, got"
+                f" {output.dtype} on {output.device} and {first.dtype} on {first.device}."
+            )
 
 
 def check_parameters(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
