@@ -47,7 +47,7 @@ class Pass:
 
         Where ``batched``, these and those have a leading dimension more.
         """
-        parts = tuple(v) if len(self._live) == len(v) else tuple([v[i] for i in self._live])
+        parts = self._live_ones(v)
         if batched:
             return self._rows(parts, v[0].shape[0] if v else 0)
         if not parts:
@@ -59,6 +59,14 @@ class Pass:
             with explained(_REMEDY):
                 raise
         return _filled(grads, self.inputs)
+
+    def in_graph(self, v: Sequence[Tensor]) -> MaybeTensors:
+        """The product in a graph of its own, to be differentiated; None where there is no path."""
+        refuse_inference_mode()
+        return grad_of_fitting(self._roots, self._ends, self._live_ones(v), create_graph=True)
+
+    def _live_ones(self, v: Sequence[Tensor]) -> Tensors:
+        return tuple(v) if len(self._live) == len(v) else tuple([v[i] for i in self._live])
 
     def _rows(self, parts: Sequence[Tensor], k: int) -> list[Tensor]:
         if parts and k:

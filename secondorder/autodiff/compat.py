@@ -42,15 +42,18 @@ def dispatch_backward() -> None:
     torch.jit._builtins._register_builtin(dispatched, "aten::backward")
 
 
-def grad_of_fitting(outputs: tuple[Any, ...], inputs: tuple[Any, ...], v: tuple[Tensor, ...]) -> Any:
+def grad_of_fitting(
+    outputs: tuple[Any, ...], inputs: tuple[Any, ...], v: tuple[Tensor, ...], create_graph: bool = False
+) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad`` for what is known to fit; keeps the graph, None where there is no path.
 
     It looks at the shapes, dtypes and kinds of its arguments first: a fifth of the time of a small graph.
     """
     if _run_backward is None or has_torch_function(outputs) or has_torch_function(inputs):
-        return torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
-    # Keep the graph, build none; it is allowed that inputs are not reached.
-    return _run_backward(outputs, v, True, False, inputs, True, accumulate_grad=False)
+        options = dict(retain_graph=True, create_graph=create_graph, allow_unused=True)
+        return torch.autograd.grad(outputs, inputs, v, **options)
+    # Keep the graph; it is allowed that inputs are not reached.
+    return _run_backward(outputs, v, True, create_graph, inputs, True, accumulate_grad=False)
 
 
 def in_checkpoint() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secondorder.autodiff import ladder
 from secondorder.autodiff.backward import HessianGraph, Pass
+from secondorder.autodiff.compat import grad_of_fitting
 from secondorder.autodiff.convolutions import lighten_gradients
 from secondorder.autodiff.graph import Kinds, Source, refuse_wrong
 from secondorder.functional import output_hessians
@@ -140,9 +141,8 @@ class Hessian(ParameterOperator):
 
     def _differentiate(self) -> MaybeTensors:
         arguments.refuse_inference_mode()
-        return torch.autograd.grad(
-            self._loss, self.parameters, torch.ones_like(self._loss), create_graph=True, allow_unused=True
-        )
+        one = (torch.ones_like(self._loss),)
+        return grad_of_fitting((self._loss,), self.parameters, one, create_graph=True)
 
     def _pass_of(self, grads: MaybeTensors) -> Pass:
         if self._by_rows:

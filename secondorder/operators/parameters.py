@@ -15,7 +15,7 @@ from secondorder.autodiff import graph, ladder
 from secondorder.autodiff.backward import Pass, cotangents
 from secondorder.autodiff.convolutions import lighten_rows
 from secondorder.autodiff.decompose import current
-from secondorder.autodiff.graph import Source, end, has_graph, like
+from secondorder.autodiff.graph import Source, has_graph, like
 from secondorder.operators.linear import LinearOperator
 from secondorder.vectors import arguments
 from secondorder.vectors.flat import Layout, flatten, flatten_rows
@@ -151,8 +151,8 @@ class Jacobian(LinearOperator):
         self._rows, self._columns = Layout(self.outputs), Layout(self.parameters)
         super().__init__((self._rows.size, self._columns.size), first.dtype, first.device)
         self._is_real_linear = first.dtype.is_complex
-        self._kept = self.forward if keep_graph else None
         self._backward = Pass(self._sources, self.parameters)
+        self._kept = self.forward if keep_graph else None
         # As under autocast; flat vectors are of the parameters' dtype alone.
         self._is_mixed = any(output.dtype != first.dtype for output in self.outputs)
 
@@ -184,8 +184,7 @@ class Jacobian(LinearOperator):
         graph.refuse_wrong_rows(self._sources, self.parameters)
         with torch.enable_grad():
             duals = cotangents(self.outputs)
-            outputs = [end(source) for source in self._sources]
-            pulled = arguments.grad(outputs, self.parameters, duals, create_graph=True)
+            pulled = self._backward.in_graph(duals)
         lighten_rows(pulled, self._sources)
         return Pass(pulled, duals)
 
