@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secondorder.autodiff import graph
+from secondorder.autodiff.compat import grad_of_fitting
 from secondorder.autodiff.convolutions import lighten_gradients, lighten_rows
-from secondorder.autodiff.graph import Source, end, like
+from secondorder.autodiff.graph import Source, end, has_graph, like
 from secondorder.autodiff.ladder import explained, missing
 from secondorder.vectors.arguments import MaybeTensors, Tensors, grad, refuse_inference_mode
 
@@ -21,13 +23,67 @@ _REMEDY = (
 )
 
 
+class Pass:
+    """A backward pass through a kept graph, ``v -> v^T d outputs / d inputs``, to be repeated.
+
+    Args:
+        outputs: What is None or has no graph does not depend on ``inputs``.
+        inputs: Tensors, or their places in the graph.
+
+    Attributes:
+        outputs: As given.
+        inputs: As given.
+    """
+
+    def __init__(self, outputs: Sequence[Source | None], inputs: Sequence[Source]) -> None:
+        self.outputs: tuple[Any, ...] = tuple(outputs)
+        self.inputs: tuple[Any, ...] = tuple(inputs)
+        self._live = [i for i, z in enumerate(outputs) if z is not None and has_graph(z)]
+        self._roots = tuple([end(self.outputs[i]) for i in self._live])
+        self._ends = tuple([end(x) for x in inputs])
+
+    def __call__(self, v: Sequence[Tensor], batched: bool = False) -> list[Tensor]:
+        """The product with tensors like ``outputs``, zeros where there is no path.
+
+        Where ``batched``, these and those have a leading dimension more.
+        """
+        parts = self._live_ones(v)
+        if batched:
+            return self._rows(parts, v[0].shape[0] if v else 0)
+        if not parts:
+            return [torch.zeros_like(like(x)) for x in self.inputs]
+        refuse_inference_mode()
+        try:
+            grads = grad_of_fitting(self._roots, self._ends, parts)
+        except RuntimeError:
+            with explained(_REMEDY):
+                raise
+        return _filled(grads, self.inputs)
+
+    def in_graph(self, v: Sequence[Tensor]) -> MaybeTensors:
+        """The product in a graph of its own, to be differentiated; None where there is no path."""
+        refuse_inference_mode()
+        return grad_of_fitting(self._roots, self._ends, self._live_ones(v), create_graph=True)
+
+    def _live_ones(self, v: Sequence[Tensor]) -> Tensors:
+        return tuple(v) if len(self._live) == len(v) else tuple([v[i] for i in self._live])
+
+    def _rows(self, parts: Sequence[Tensor], k: int) -> list[Tensor]:
+        if parts and k:
+            roots = [self.outputs[i] for i in self._live]
+            return _pull_rows(roots, self.inputs, parts, False, self._is_wrong_in_batches)
+        return [like(x).new_zeros((k, *like(x).shape)) for x in self.inputs]
+
+    @cached_property
+    def _is_wrong_in_batches(self) -> bool:
+        return graph.is_wrong_in_batches(self.outputs[i] for i in self._live)
+
+
 def pull(
     outputs: Sequence[Source], inputs: Sequence[Source], v: Sequence[Tensor], create_graph: bool = False
 ) -> list[Tensor]:
     """``v^T d outputs / d inputs``; zeros where there is no path. The graph is kept."""
-    grads, likes = _pulled(outputs, inputs, v, create_graph), map(like, inputs)
-    # Not by materialize_grads, whose zeros require gradients before torch 2.10.
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
+    return _filled(_run(outputs, inputs, v, create_graph), inputs)
 
 
 def pull_rows(
@@ -37,12 +93,22 @@ def pull_rows(
 
     One after another, where torch has no rule for a batch, or a wrong one.
     """
-    k, likes = v[0].shape[0], [like(x) for x in inputs]
-    if not k:
-        return [x.new_zeros((0, *x.shape)) for x in likes]
-    if not graph.is_wrong_in_batches(outputs):
+    if not v[0].shape[0]:
+        return [like(x).new_zeros((0, *like(x).shape)) for x in inputs]
+    return _pull_rows(outputs, inputs, v, create_graph, graph.is_wrong_in_batches(outputs))
+
+
+def _pull_rows(
+    outputs: Sequence[Source],
+    inputs: Sequence[Source],
+    v: Sequence[Tensor],
+    create_graph: bool,
+    one_by_one: bool,
+) -> list[Tensor]:
+    if not one_by_one:
         try:
-            grads = _pulled(outputs, inputs, v, create_graph, is_batched=True)
+            grads = _run(outputs, inputs, v, create_graph, is_batched=True)
+            k, likes = v[0].shape[0], map(like, inputs)
             return [x.new_zeros((k, *x.shape)) if g is None else g for g, x in zip(grads, likes, strict=True)]
         except RuntimeError as error:
             if missing(error) is not None:
@@ -51,15 +117,20 @@ def pull_rows(
     return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
 
-def _pulled(
+def _filled(grads: Sequence[Tensor | None], inputs: Sequence[Source]) -> list[Tensor]:
+    # Not by materialize_grads, whose zeros require gradients before torch 2.10.
+    return [torch.zeros_like(like(x)) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+
+
+def _run(
     outputs: Sequence[Source],
     inputs: Sequence[Source],
     v: Sequence[Tensor],
-    create_graph: bool,
+    create_graph: bool = False,
     is_batched: bool = False,
 ) -> MaybeTensors:
     refuse_inference_mode()
-    with explained(_REMEDY):
+    try:
         return torch.autograd.grad(
             [end(z) for z in outputs],
             [end(x) for x in inputs],
@@ -69,6 +140,9 @@ def _pulled(
             allow_unused=True,
             is_grads_batched=is_batched,
         )
+    except RuntimeError:
+        with explained(_REMEDY):
+            raise
 
 
 def gradient_of(outputs: Tensors, inputs: Tensors, v: Tensors | None, create_graph: bool) -> MaybeTensors:
@@ -135,13 +209,12 @@ class HessianGraph(NamedTuple):
             is_plain: False where products are not symmetric for a reason that the graph does not show.
             left: Multiply from the left, where products are not symmetric.
         """
-        side = graph.Kinds.of((value, *gradient), inputs).side(
-            is_plain, otherwise="left" if left else "right"
-        )
+        kinds = graph.Kinds.of((value, *gradient), inputs)
+        side = kinds.side(is_plain, otherwise="left" if left else "right")
         plain = cls(gradient, inputs)
         if side == "right" or (side == "left unless nan" and plain.is_nan()):
             return cls.by_rows(value, gradient, inputs)
-        if value is not None:
+        if value is not None and kinds.has_convolutions:
             lighten_gradients(gradient, (value,))
         return plain
 

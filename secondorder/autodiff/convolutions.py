@@ -56,9 +56,12 @@ def _own_nodes(
     gradients: Iterable[Tensor | None], outputs: Iterable[graph.Source | None]
 ) -> tuple[list[Node], set[Node]]:
     """Second backward nodes of convolutions that ``outputs`` do not have, and all nodes that they have."""
-    found = [node for node in graph.nodes(gradients) if node.name() == "ConvolutionBackwardBackward0"]
-    foreign = set(graph.nodes(outputs)) if found else set()
-    return [node for node in found if node not in foreign], foreign
+    foreign = graph.nodes(outputs)
+    # The graph of the gradients is several times as large: most often there is no need to walk it.
+    if not any(map(graph.may_convolve, foreign)):
+        return [], set()
+    own = set(graph.nodes(gradients)).difference(foreign)
+    return [node for node in own if node.name() == "ConvolutionBackwardBackward0"], set(foreign)
 
 
 class _OnlyForGradOutput:

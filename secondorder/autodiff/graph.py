@@ -94,11 +94,14 @@ class Kinds(NamedTuple):
     @classmethod
     def of(cls, tensors: Iterable[Source | None], inputs: Iterable[Source] = ()) -> Kinds:
         """Walk the graph, once, down to the inputs."""
-        names, is_custom = set(), False
+        names: set[str] = set()
+        is_custom = False
         for node in nodes(tensors, inputs):
             name = node.name()
-            names.add(name)
-            is_custom = is_custom or _is_custom(node, name)
+            # Of most kinds one node says it of all.
+            if name not in names or name.startswith("Embedding"):
+                names.add(name)
+                is_custom = is_custom or _is_custom(node, name)
         return cls(names, not is_custom)
 
     def side(self, is_plain: bool, otherwise: str = "right") -> str:
@@ -117,6 +120,11 @@ class Kinds(NamedTuple):
         if self.names & _DIVIDE:
             return "right"
         return "left unless nan" if self.names & _MASKS else "left"
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether a second backward pass meets one: see ``autodiff/convolutions.py``."""
+        return "ConvolutionBackwardBackward0" in self.names
 
     @property
     def is_undefined_at_zero(self) -> bool:
@@ -219,14 +227,12 @@ def _refuse(
 ) -> None:
     found = {}
     for node in nodes(values):
-        name = wrong.get(node.name())
-        if name is None and at_this_point is not None:
-            name = at_this_point(node, node.name())
-        if name is not None:
-            found[node] = WrongDerivativeError(
-                f"the {order} derivative of {name} is wrong in torch; compute the loss inside"
-                " secondorder.decompose.decompose()."
-            )
+        name = node.name()
+        what = wrong.get(name)
+        if what is None and at_this_point is not None:
+            what = at_this_point(node, name)
+        if what is not None:
+            found[node] = _wrong_derivative(order, what)
         elif isinstance(node, _PythonNode) and (text := _hides_derivative(node._forward_cls)):
             found[node] = WrongDerivativeError(text, is_decomposed=False)
     if not found:
@@ -235,6 +241,13 @@ def _refuse(
     for node in found if inputs is None else between(values, inputs):
         if node in found:
             raise found[node]
+
+
+def _wrong_derivative(order: str, what: str) -> WrongDerivativeError:
+    return WrongDerivativeError(
+        f"the {order} derivative of {what} is wrong in torch; compute the loss inside"
+        " secondorder.decompose.decompose()."
+    )
 
 
 def _is_singular_det(node: Any, name: str) -> str | None:
@@ -294,12 +307,22 @@ def between(outputs: Iterable[Source | None], inputs: Iterable[Tensor]) -> list[
     return list(seen)
 
 
+def may_convolve(node: Node) -> bool:
+    """Whether this is a convolution, or a custom Function, which may call one."""
+    name = node.name()
+    return "Convolution" in name or _is_function(node, name)
+
+
+def _is_function(node: Node, name: str) -> bool:
+    """Whether a node is a custom one: in Python, or in C++ as torch::autograd::CppNode<...>."""
+    return isinstance(node, _PythonNode) or "CppNode" in name
+
+
 def _is_custom(node: Node, name: str) -> bool:
     """Whether the backward may be that of another function: a custom one, or a gradient that is scaled."""
-    # In Python, and in C++: torch::autograd::CppNode<...>.
-    if isinstance(node, _PythonNode) or "CppNode" in name:
-        return True
-    return name.startswith("Embedding") and bool(getattr(node, "_saved_scale_grad_by_freq", False))
+    return _is_function(node, name) or (
+        name.startswith("Embedding") and bool(getattr(node, "_saved_scale_grad_by_freq", False))
+    )
 
 
 def leaves(tensors: Iterable[Tensor | None]) -> list[Tensor]:
@@ -308,18 +331,18 @@ def leaves(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [leaf for leaf in found if leaf is not None]
 
 
-def nodes(tensors: Iterable[Source | None], stops: Iterable[Source] = ()) -> Iterator[Node]:
+def nodes(tensors: Iterable[Source | None], stops: Iterable[Source] = ()) -> list[Node]:
     """All nodes behind ``tensors``, each once; those of ``stops``, and what lies behind, are left out."""
     seen = set(_roots(stops))
-    stack = list(set(_roots(tensors)) - seen)
-    seen.update(stack)
-    while stack:
-        node = stack.pop()
-        yield node
+    found = list(set(_roots(tensors)) - seen)
+    seen.update(found)
+    # The list grows while it is walked.
+    for node in found:
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                stack.append(following)
+                found.append(following)
+    return found
 
 
 def _roots(tensors: Iterable[Source | None]) -> Iterator[Node]:

@@ -88,35 +88,35 @@ class _Randomness:
 
 def _source(data: Any, batch_size: int) -> Iterable[Any]:
     """Something that gives the batches as often as it is asked."""
-    if _is_pair(data):
-        inputs, targets = data
-        shapes = [tuple(t.shape) for t in _leaves(inputs)]
-        if not targets.ndim or any(not shape or shape[0] != len(targets) for shape in shapes):
-            raise ValueError(
-                "data must hold as many inputs as targets, got inputs of shape"
-                f" {', '.join(map(str, shapes))} and targets of shape {tuple(targets.shape)}."
-            )
-        size = len(targets)
-        cuts = [slice(start, start + batch_size) for start in range(0, size, batch_size)]
-        source: Any = [(_cut(inputs, cut), targets[cut]) for cut in cuts]
-    elif isinstance(data, DataLoader):
+    if isinstance(data, DataLoader):
         if data.drop_last or getattr(data.batch_sampler, "drop_last", False):
             raise ValueError("data must not leave samples out, got a DataLoader with drop_last=True.")
         return data
+    source: Any = data
+    if _is_pair(data):
+        source = data = _pieces(data[0], data[1], batch_size)
     elif isinstance(data, Dataset):
         # Its own generator: the one of the caller is not touched.
         source = DataLoader(data, batch_size, generator=torch.Generator())
-        size = len(data) if isinstance(data, Sized) else 1
-    else:
-        if not isinstance(data, Iterable) or isinstance(data, Iterator):
-            raise TypeError(
-                "data must be a pair of tensors, a Dataset, a DataLoader or a list of batches, got"
-                f" {type(data).__name__}; it is walked once for each product."
-            )
-        source, size = data, len(data) if isinstance(data, Sized) else 1
-    if not size:
+    elif not isinstance(data, Iterable) or isinstance(data, Iterator):
+        raise TypeError(
+            "data must be a pair of tensors, a Dataset, a DataLoader or a list of batches, got"
+            f" {type(data).__name__}; it is walked once for each product."
+        )
+    if isinstance(data, Sized) and not len(data):
         raise ValueError("data must hold at least one sample, got none.")
     return source
+
+
+def _pieces(inputs: Any, targets: Tensor, batch_size: int) -> list[Batch]:
+    shapes = [tuple(t.shape) for t in _leaves(inputs)]
+    if not targets.ndim or any(not shape or shape[0] != len(targets) for shape in shapes):
+        raise ValueError(
+            "data must hold as many inputs as targets, got inputs of shape"
+            f" {', '.join(map(str, shapes))} and targets of shape {tuple(targets.shape)}."
+        )
+    cuts = [slice(start, start + batch_size) for start in range(0, len(targets), batch_size)]
+    return [(_cut(inputs, cut), targets[cut]) for cut in cuts]
 
 
 def _is_pair(data: Any) -> bool:

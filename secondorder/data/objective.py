@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secondorder.autodiff import ladder
-from secondorder.autodiff.guard import RandomState
-from secondorder.data.batches import Batch, Batches, call, check_deterministic, count_samples
-from secondorder.data.reduction import ReductionCheck
+from secondorder.data.batches import Batch, Batches, call, check_deterministic
+from secondorder.data.passes import Build, Loss, Passes
 from secondorder.operators.curvature import GaussNewton, Hessian
 from secondorder.operators.fisher import EmpiricalFisher, Fisher
 from secondorder.operators.linear import LinearOperator
-from secondorder.operators.parameters import ParameterOperator, check_parameters, tried
+from secondorder.operators.parameters import ParameterOperator, check_parameters
 from secondorder.vectors.flat import flatten
-
-Loss = Callable[[Any, Any], Tensor]
-Build = Callable[[Batch, int], ParameterOperator]
 
 REDUCTIONS = ("mean", "sum")
 
@@ -79,39 +73,21 @@ class Objective:
         parameters: Iterable[Tensor] | None = None,
         progress: bool = False,
     ) -> None:
-        if not l2 >= 0:
-            raise ValueError(f"l2 must be non-negative, got {l2}.")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}.")
-        if isinstance(loss, type) or not callable(loss):
-            raise TypeError(f"loss must be a function or a loss module, got {_kind(loss)}; make an instance.")
-        own = getattr(loss, "reduction", reduction)
-        if own != reduction:
-            raise ValueError(f"loss must reduce as the objective does, got {own!r} and {reduction!r}.")
-        if reduction == "mean" and isinstance(getattr(loss, "weight", None), Tensor):
-            raise ValueError(
-                f"loss must be the mean over samples, got {type(loss).__name__} with class weights,"
-                " whose mean depends on the classes in a batch; use reduction='sum' for both."
-            )
+        _check(model, loss, l2, reduction)
         check_deterministic(model)
         chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
         if parameters is None and not chosen:
             raise ValueError("model must have a parameter that requires gradients, got none.")
         self.parameters = check_parameters(chosen)
         self.model, self.loss, self.l2, self.reduction = model, loss, l2, reduction
-        self._batches = Batches(data, batch_size, self.parameters[0].device)
-        self._progress = progress
-        self._ladder = ladder.Ladder()
-        self._is_checked = False
-        self._reduction_check = ReductionCheck(loss, functools.partial(call, model), reduction)
+        batches = Batches(data, batch_size, self.parameters[0].device)
+        self._passes = Passes(model, loss, batches, reduction, progress)
 
     def value(self) -> Tensor:
         """The objective, a detached scalar."""
         with torch.no_grad():
-            total, samples = self._sum("value", lambda batch, _: self._loss(batch)[0])
-            return self._reduced(total, samples) + 0.5 * self.l2 * self._flat().square().sum()
+            value = self._passes.reduce("value", lambda batch: self._passes.loss(batch)[0])
+            return value + 0.5 * self.l2 * self._flat().square().sum()
 
     def gradient(self) -> Tensor:
         """Its gradient, flat, shape (n,)."""
@@ -120,16 +96,16 @@ class Objective:
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Both, in one pass."""
 
-        def on_batch(batch: Batch, _: int) -> Tensor:
-            value = self._loss(batch)[0]
+        def on_batch(batch: Batch) -> Tensor:
+            value = self._passes.loss(batch)[0]
             grads = torch.autograd.grad(value, self.parameters, allow_unused=True)
             pairs = zip(grads, self.parameters, strict=True)
             gradient = flatten([torch.zeros_like(p) if g is None else g for g, p in pairs])
             return torch.cat([value.detach().reshape(1), gradient])
 
         with torch.enable_grad():
-            total, samples = self._sum("gradient", on_batch)
-        both, w = self._reduced(total, samples), self._flat()
+            both = self._passes.reduce("gradient", on_batch)
+        w = self._flat()
         return both[0] + 0.5 * self.l2 * w.square().sum(), both[1:] + self.l2 * w
 
     def hessian(self, *, keep_graph: bool | None = None) -> LinearOperator:
@@ -140,7 +116,7 @@ class Objective:
                 data at once. None: only where there is but one batch.
         """
         return OverBatches(
-            self, "hessian", lambda b, _: Hessian(self._loss(b)[0], self.parameters), keep_graph
+            self, "hessian", lambda b, _: Hessian(self._passes.loss(b)[0], self.parameters), keep_graph
         )
 
     def gauss_newton(self, *, keep_graph: bool | None = None) -> LinearOperator:
@@ -148,7 +124,7 @@ class Objective:
         return OverBatches(
             self,
             "gauss_newton",
-            lambda batch, _: GaussNewton(*self._loss(batch), self.parameters),
+            lambda batch, _: GaussNewton(*self._passes.loss(batch), self.parameters),
             keep_graph,
         )
 
@@ -194,57 +170,31 @@ class Objective:
 
         return OverBatches(self, "empirical_fisher", build, keep_graph)
 
-    def operators(self, name: str, build: Build) -> Generator[tuple[ParameterOperator, int], None, None]:
-        """The operator of each batch, with the number of its samples; to be closed."""
-        with contextlib.closing(self._walk(name)) as batches:
-            for index, batch in enumerate(batches):
-                with torch.enable_grad():
-                    built = [self._ladder.climb(lambda: tried(build(batch, index)))]  # noqa: B023
-                # Nothing here holds on to its graph.
-                yield built.pop(), count_samples(batch)
-
-    def _sum(self, name: str, on_batch: Callable[[Batch, int], Tensor]) -> tuple[Tensor, int]:
-        """Sum over batches, a mean being weighted with the batch's size, and the number of samples."""
-        total, samples = None, 0
-        # Closed at once, also after an exception: it is then that the random state comes back.
-        with contextlib.closing(self._walk(name)) as batches:
-            for index, batch in enumerate(batches):
-                n = count_samples(batch)
-                samples += n
-                part = on_batch(batch, index) * (n if self.reduction == "mean" else 1)
-                total = part if total is None else total + part
-        if total is None:
-            raise ValueError("data must hold at least one sample, got none.")
-        self._is_checked = True
-        return total, samples
-
-    def _walk(self, name: str) -> Generator[Batch, None, None]:
-        """One pass over the batches, with a model that may have changed its mode since."""
-        check_deterministic(self.model)
-        with contextlib.closing(self._batches.walk(name if self._progress else None)) as batches:
-            for batch in batches:
-                if count_samples(batch):
-                    yield batch
-
-    def _reduced(self, total: Tensor, samples: int) -> Tensor:
-        return total / samples if self.reduction == "mean" else total
-
     def _flat(self) -> Tensor:
         return flatten([p.detach() for p in self.parameters])
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Loss and outputs of a batch; in the first pass they are looked at more closely."""
-        if self._is_checked:
-            outputs = call(self.model, batch[0])
-            return self.loss(outputs, batch[1]), outputs
-        outputs = _checked_call(self.model, batch[0])
-        value = self.loss(outputs, batch[1])
-        self._reduction_check.look_at(value, outputs, batch)
-        return value, outputs
 
     def __repr__(self) -> str:
         n = sum(p.numel() for p in self.parameters)
         return f"Objective({type(self.model).__name__}, {n} parameters, l2={self.l2}, {self.reduction!r})"
+
+
+def _check(model: Any, loss: Any, l2: float, reduction: str) -> None:
+    if not l2 >= 0:
+        raise ValueError(f"l2 must be non-negative, got {l2}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}.")
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(f"loss must be a function or a loss module, got {_kind(loss)}; make an instance.")
+    own = getattr(loss, "reduction", reduction)
+    if own != reduction:
+        raise ValueError(f"loss must reduce as the objective does, got {own!r} and {reduction!r}.")
+    if reduction == "mean" and isinstance(getattr(loss, "weight", None), Tensor):
+        raise ValueError(
+            f"loss must be the mean over samples, got {type(loss).__name__} with class weights,"
+            " whose mean depends on the classes in a batch; use reduction='sum' for both."
+        )
 
 
 def _kind(value: Any) -> str:
@@ -274,15 +224,15 @@ class OverBatches(LinearOperator):
         """What one operator for each batch gives, reduced over the samples."""
         if self._read_versions() != self._versions:
             raise RuntimeError("the parameters have changed since this operator was made; make a new one.")
-        objective = self._objective
+        passes = self._objective._passes
         total, samples = torch.zeros((), dtype=self.dtype, device=self.device), 0
         kept: list[tuple[ParameterOperator, int]] = []
         with contextlib.ExitStack() as stack:
             operators: Iterable[tuple[ParameterOperator, int]] = self._kept or stack.enter_context(
-                contextlib.closing(objective.operators(self._name, self._build))
+                contextlib.closing(passes.operators(self._name, self._build))
             )
             for operator, n in operators:
-                total = total + of_batch(operator) * (n if objective.reduction == "mean" else 1)
+                total = total + of_batch(operator) * passes.weight(n)
                 if self._keep_graph or (self._keep_graph is None and samples == 0):
                     kept.append((operator, n))
                 else:
@@ -290,11 +240,8 @@ class OverBatches(LinearOperator):
                 samples += n
                 # Its graph goes before the next batch comes.
                 del operator
-        if not samples:
-            raise ValueError("data must hold at least one sample, got none.")
         self._kept = kept or None
-        objective._is_checked = True
-        return objective._reduced(total, samples)
+        return passes.reduced(total, samples)
 
     def _matmat(self, V: Tensor) -> Tensor:
         return self._matvec(V)
@@ -311,19 +258,3 @@ class OverBatches(LinearOperator):
 
     def __repr__(self) -> str:
         return f"OverBatches({self._name!r} of {self._objective!r}, shape={self.shape}, dtype={self.dtype})"
-
-
-def _checked_call(model: nn.Module, inputs: Any) -> Any:
-    """``model(inputs)``; raises where that draws random numbers or writes to a buffer."""
-    random = RandomState()
-    random.save()
-    versions = {name: buffer._version for name, buffer in model.named_buffers()}
-    outputs = call(model, inputs)
-    for name, buffer in model.named_buffers():
-        if buffer._version != versions.get(name, buffer._version):
-            raise ValueError(
-                f"model must not write to its buffers, {name!r} has changed; call model.eval() first."
-            )
-    if random.has_moved():
-        raise ValueError("model must not draw random numbers in its forward pass; call model.eval() first.")
-    return outputs

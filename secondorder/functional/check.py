@@ -84,19 +84,7 @@ def _first_failure(
     """The lowest order at which the derivative of ``function`` is wrong, or None."""
     generator = torch.Generator().manual_seed(0)
     u, v = (tuple(_draw(x, generator) for x in point) for _ in range(2))
-    weights: list[Tensor] = []
-
-    def scalar(*leaves: Tensor) -> Tensor:
-        outputs = [t for t in pytree.tree_leaves(function(*leaves)) if isinstance(t, Tensor)]
-        outputs = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in outputs]
-        outputs = [t for t in outputs if t.is_floating_point()]
-        if not weights:
-            # Scaled to size one: so that the sine below varies as slowly as the outputs, and small ones show.
-            weights.extend(_draw(t, generator) / _scale(t) for t in outputs)
-        # Nonlinear, so that the second derivative of a linear operation shows too.
-        terms = [(t * w).sin().sum() for t, w in zip(outputs, weights, strict=True)]
-        return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
-
+    scalar = _scalar(function, generator)
     functions: dict[int, tuple[Function, Function]] = {
         1: (scalar, scalar),
         2: (lambda *x: _slope(scalar, x, v, True), lambda *x: _slope(scalar, x, v, False)),
@@ -111,6 +99,24 @@ def _first_failure(
         if not abs(got - expected) <= tolerance * max(abs(got), abs(expected), SMALL):
             return _Failure(current, f"wrong ({got:.6g}, by finite differences {expected:.6g})")
     return None
+
+
+def _scalar(function: Function, generator: torch.Generator) -> Function:
+    """A smooth scalar of the outputs of ``function``, with weights that the first call draws."""
+    weights: list[Tensor] = []
+
+    def scalar(*leaves: Tensor) -> Tensor:
+        outputs = [t for t in pytree.tree_leaves(function(*leaves)) if isinstance(t, Tensor)]
+        outputs = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in outputs]
+        outputs = [t for t in outputs if t.is_floating_point()]
+        if not weights:
+            # Scaled to size one: so that the sine below varies as slowly as the outputs, and small ones show.
+            weights.extend(_draw(t, generator) / _scale(t) for t in outputs)
+        # Nonlinear, so that the second derivative of a linear operation shows too.
+        terms = [(t * w).sin().sum() for t, w in zip(outputs, weights, strict=True)]
+        return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
+
+    return scalar
 
 
 def _slope(scalar: Function, point: tuple[Tensor, ...], u: tuple[Tensor, ...], create_graph: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff import graph, ladder
-from secondorder.autodiff.backward import HessianGraph, cotangents, gradient_of, pull, pull_rows, try_product
+from secondorder.autodiff.backward import HessianGraph, Pass, cotangents, gradient_of, try_product
 from secondorder.autodiff.convolutions import lighten_rows
 from secondorder.autodiff.decompose import current
 from secondorder.vectors import arguments
@@ -79,10 +79,8 @@ class LinearMap:
     ) -> None:
         self._tree, self._rebuild = tree, rebuild
         self._rung = current()
-        self._inputs = list(inputs)
         # What carries no graph does not depend on the inputs: its rows are zero.
-        self._live = [i for i, out in enumerate(outputs) if out is not None and out.requires_grad]
-        self._outputs = [out for out in outputs if out is not None and out.requires_grad]
+        self._pass = Pass(outputs, inputs)
 
     def __call__(self, v: Any, *, batched: bool = False, chunk_size: int | None = None) -> Any:
         """The product with ``v``.
@@ -92,24 +90,20 @@ class LinearMap:
         """
         parts = self._tree.vector(v, batched)
         arguments.check_chunk_size(chunk_size)
-        if not self._outputs or (batched and not parts[0].shape[0]):
-            leading = (parts[0].shape[0],) if batched else ()
-            return self._rebuild([x.new_zeros((*leading, *x.shape)) for x in self._inputs])
-        live = [parts[i] for i in self._live]
         with self._rung():
             if not batched:
-                return self._rebuild(pull(self._outputs, self._inputs, live))
-            k = live[0].shape[0]
-            size = k if chunk_size is None else min(chunk_size, k)
+                return self._rebuild(self._pass(parts))
+            k = parts[0].shape[0]
+            size = max(1, k if chunk_size is None else min(chunk_size, k))
             chunks = [
-                pull_rows(self._outputs, self._inputs, chunk)
-                for chunk in zip(*(part.split(size) for part in live), strict=True)
+                self._pass(chunk, batched)
+                for chunk in zip(*(part.split(size) for part in parts), strict=True)
             ]
         return self._rebuild([torch.cat(columns) for columns in zip(*chunks, strict=True)])
 
     def __repr__(self) -> str:
         shapes = [tuple(leaf.shape) for leaf in self._tree.leaves]
-        return f"LinearMap(from {shapes} to {[tuple(x.shape) for x in self._inputs]})"
+        return f"LinearMap(from {shapes} to {[tuple(x.shape) for x in self._pass.inputs]})"
 
 
 def linearize(func: Function, inputs: Any) -> tuple[Any, LinearMap]:

@@ -155,12 +155,7 @@ def finite_differences(
     random = RandomState()
     random.save()
     value, grads, aux = gradient(inputs)
-    # In double precision: the square of a large number overflows in single.
-    length = float(torch.stack([t.double().norm() for t in direction]).norm())
-    size = float(torch.stack([t.detach().double().norm() for t in inputs]).norm())
-    # Error of the difference h^2, of rounding eps / h: the sum is least at the cube root of eps.
-    h = torch.finfo(inputs[0].dtype).eps ** (1 / 3) * max(size, 1.0) / length if length > 0 else 1.0
-    sides = []
+    h, sides = _step_along(direction, inputs), []
     for sign in (1, -1):
         moved = ((x + sign * h * t).detach() for x, t in zip(inputs, direction, strict=True))
         random.restore()
@@ -168,6 +163,17 @@ def finite_differences(
             sides.append(gradient(tuple(x.requires_grad_() for x in moved))[1])
     product = tuple((plus - minus) / (2 * h) for plus, minus in zip(*sides, strict=True))
     return Point(inputs, is_inputs_tuple, vector, value, grads, aux), product
+
+
+def _step_along(direction: Tensors, inputs: Tensors) -> float:
+    """``h``, for an error of ``h^2`` by the difference and of ``eps / h`` by rounding."""
+    # In double precision: the square of a large number overflows in single.
+    length, size = (
+        float(torch.stack([t.detach().double().norm() for t in tensors]).norm())
+        for tensors in (direction, inputs)
+    )
+    # The sum of the two is least at the cube root of eps.
+    return torch.finfo(inputs[0].dtype).eps ** (1 / 3) * max(size, 1.0) / length if length > 0 else 1.0
 
 
 def duals(inputs: Tensors, vector: Tensors | None) -> Tensors:

@@ -5,7 +5,7 @@ Each returns the blocks as ``blocks[output][input]``, of shape ``output.shape + 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,16 +84,18 @@ def batched_rows(
             if live
             else [x.new_zeros((len(rows), *x.shape)) for x in inputs]
         )
-    columns = []
-    for parts, tensor in zip(zip(*chunks, strict=True), inputs, strict=True):
-        matrix = torch.cat(parts) if len(parts) > 1 else parts[0]
-        columns.append(
-            [
-                part.reshape(output.shape + tensor.shape)
-                for part, output in zip(matrix.split(numels), outputs, strict=True)
-            ]
-        )
+    columns = [
+        [
+            part.reshape(output.shape + tensor.shape)
+            for part, output in zip(matrix.split(numels), outputs, strict=True)
+        ]
+        for matrix, tensor in zip(_joined(chunks), inputs, strict=True)
+    ]
     return tuple(zip(*columns, strict=True))
+
+
+def _joined(chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chunks, strict=True)]
 
 
 def _standard_basis(tensors: Tensors, rows: range | None = None) -> Tensors:
@@ -143,12 +145,11 @@ def forward_mode(
         with switches.forward_mode():
             part, tensors = torch.vmap(column, out_dims=out_dims)(*basis)
         chunks.append(part)
-    columns = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chunks, strict=True)]
     blocks = tuple(
         tuple(
             part.movedim(0, -1).reshape(part.shape[1:] + tensor.shape)
             for part, tensor in zip(column.split(numels), inputs, strict=True)
         )
-        for column in columns
+        for column in _joined(chunks)
     )
     return rebuild(tensors), blocks

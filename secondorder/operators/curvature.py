@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff import ladder
-from secondorder.autodiff.backward import HessianGraph, pull
+from secondorder.autodiff.backward import HessianGraph, Pass
+from secondorder.autodiff.compat import grad_of_fitting
 from secondorder.autodiff.convolutions import lighten_gradients
 from secondorder.autodiff.graph import Kinds, Source, refuse_wrong
 from secondorder.functional import output_hessians
-from secondorder.operators.parameters import Jacobian, ParameterOperator, Pull, ThroughOutputs, tried
+from secondorder.operators.parameters import Jacobian, ParameterOperator, ThroughOutputs, tried
 from secondorder.vectors import arguments
 from secondorder.vectors.arguments import MaybeTensors
 from secondorder.vectors.flat import flatten, unflatten
@@ -110,8 +111,9 @@ class Hessian(ParameterOperator):
         kinds = Kinds.of((loss, *grads), self.parameters)
         # Where ``v^T H`` may be NaN the first product finds out.
         side = kinds.side(not self.gradient.is_complex(), otherwise="left")
+        self._has_convolutions = kinds.has_convolutions
         self._by_rows, self._may_be_nan = side == "right", side == "left unless nan"
-        self._kept = self._graph_of(grads) if keep_graph else None
+        self._kept = self._pass_of(grads) if keep_graph else None
 
     @classmethod
     def of(
@@ -139,51 +141,41 @@ class Hessian(ParameterOperator):
 
     def _differentiate(self) -> MaybeTensors:
         arguments.refuse_inference_mode()
-        return torch.autograd.grad(
-            self._loss, self.parameters, torch.ones_like(self._loss), create_graph=True, allow_unused=True
-        )
+        one = (torch.ones_like(self._loss),)
+        return grad_of_fitting((self._loss,), self.parameters, one, create_graph=True)
 
-    def _graph_of(self, grads: MaybeTensors) -> HessianGraph:
+    def _pass_of(self, grads: MaybeTensors) -> Pass:
         if self._by_rows:
-            return HessianGraph.by_rows(self._loss, grads, self.parameters)
-        lighten_gradients(grads, (self._loss,))
-        return HessianGraph(grads, self.parameters)
+            return Pass(*HessianGraph.by_rows(self._loss, grads, self.parameters))
+        if self._has_convolutions:
+            lighten_gradients(grads, (self._loss,))
+        return Pass(grads, self.parameters)
 
-    def _graph(self) -> HessianGraph:
-        """The graph, kept or built anew."""
-        return self._graph_of(self._differentiate()) if self._kept is None else self._kept
+    def _pass(self) -> Pass:
+        """The backward pass that multiplies, through a graph that is kept or built anew."""
+        return self._pass_of(self._differentiate()) if self._kept is None else self._kept
 
-    def differentiated(self) -> MaybeTensors:
+    def differentiated(self) -> Iterable[Tensor | None]:
         """The gradient in the graph, kept or taken anew."""
-        return self._graph().outputs
+        return self._pass().outputs
 
-    def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
-        product = self._multiply(parts, grad)
+    def _apply(self, parts: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        product = self._pass()(parts, batched)
         if self._may_be_nan:
             self._may_be_nan = False
             if not all(bool(part.isfinite().all()) for part in product):
                 self._by_rows = True
                 if self._kept is not None:
-                    self._kept = self._graph_of(self._kept.outputs)
-                product = self._multiply(parts, grad)
+                    self._kept = self._pass_of(self._kept.outputs)
+                product = self._pass()(parts, batched)
         return product
-
-    def _multiply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
-        outputs, inputs = self._graph()
-        # What is constant or missing contributes nothing to the second derivative.
-        live = [
-            (g, part) for g, part in zip(outputs, parts, strict=True) if g is not None and g.requires_grad
-        ]
-        if not live:
-            return [torch.zeros_like(part) for part in parts]
-        return grad([g for g, _ in live], inputs, [part for _, part in live])
 
     def _keep(self, indices: list[int]) -> None:
         parts = unflatten(self.gradient, self.parameters)
         self.gradient = flatten([parts[i] for i in indices])
         if self._kept is not None:
-            outputs, inputs = self._kept
-            self._kept = HessianGraph(tuple(outputs[i] for i in indices), tuple(inputs[i] for i in indices))
+            outputs, inputs = self._kept.outputs, self._kept.inputs
+            self._kept = Pass([outputs[i] for i in indices], [inputs[i] for i in indices])
 
 
 class GaussNewton(ThroughOutputs):
@@ -252,7 +244,7 @@ class GaussNewton(ThroughOutputs):
         generator = torch.Generator("cpu").manual_seed(0)
         outputs = self.jacobian.outputs[where]
         parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in outputs]
-        return any(bool(part.any()) for part in multiply(parts, pull))
+        return any(bool(part.any()) for part in multiply(parts, False))
 
     @classmethod
     def of_blocks(
@@ -313,28 +305,22 @@ class GaussNewton(ThroughOutputs):
             curved, own = _curved(block)
             start = len(outputs)
             outputs += own
-            self._middles.append((_by_autograd(curved), slice(start, len(outputs))))
+            self._middles.append((Pass(*curved), slice(start, len(outputs))))
         self._is_zero = not outputs
         every = outputs or [output for block in blocks for output in block.outputs]
         self.jacobian = Jacobian(every, self.parameters, keep_graph=keep_graph, batched=batched)
 
-    def _middle(self, parts: list[Tensor], grad: Pull) -> list[Tensor]:
+    def _middle(self, parts: list[Tensor], batched: bool) -> list[Tensor]:
         if self._is_zero:
             return [torch.zeros_like(part) for part in parts]
         products: list[Tensor] = []
         for multiply, where in self._middles:
-            products += multiply(parts[where], grad)
+            products += multiply(parts[where], batched)
         return products
 
 
-_Middle = Callable[[list[Tensor], Pull], list[Tensor]]
-
-
-def _by_autograd(curved: HessianGraph) -> _Middle:
-    """``w_k H_k u_k`` for one block; blocks do not share a second derivative."""
-    live = [i for i, output in enumerate(curved.outputs) if output is not None and output.requires_grad]
-    outputs = [output for output in curved.outputs if output is not None and output.requires_grad]
-    return lambda parts, grad: grad(outputs, curved.inputs, [parts[i] for i in live]) if live else []
+# ``w_k H_k u_k`` for one block; blocks do not share a second derivative.
+_Middle = Callable[[list[Tensor], bool], list[Tensor]]
 
 
 def _by_closed_form(product: output_hessians.Product) -> _Middle:

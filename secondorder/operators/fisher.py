@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secondorder.autodiff import ladder
 from secondorder.functional import output_hessians
-from secondorder.operators.parameters import Jacobian, Pull, ThroughOutputs, tried
+from secondorder.operators.parameters import Jacobian, ThroughOutputs, tried
 from secondorder.vectors.tree import Tree
 
 Function = Callable[..., Any]
@@ -91,7 +91,7 @@ class Fisher(ThroughOutputs):
 
         return ladder.climb(build)
 
-    def _middle(self, parts: list[Tensor], grad: Pull) -> list[Tensor]:
+    def _middle(self, parts: list[Tensor], batched: bool) -> list[Tensor]:
         return [self._multiply(parts[0])]
 
 
@@ -147,7 +147,7 @@ class EmpiricalFisher(ThroughOutputs):
         self.jacobian = Jacobian(losses, self.parameters, keep_graph=keep_graph, batched=batched)
         self._scale = 1 / max(losses.numel(), 1) if reduction == "mean" else 1.0
 
-    def _middle(self, parts: list[Tensor], grad: Pull) -> list[Tensor]:
+    def _middle(self, parts: list[Tensor], batched: bool) -> list[Tensor]:
         return [self._scale * parts[0]]
 
     def diagonal(self, chunk_size: int = 128) -> Tensor:

@@ -7,26 +7,23 @@ have shape ``(n,)``, blocks of ``k`` vectors ``(n, k)``.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
-import numpy as np
 import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from secondorder.solvers import SolveResult, cg, direct, lsmr, minres
-from secondorder.solvers._probes import identity_blocks
+from secondorder.operators.convert import to_scipy
+from secondorder.operators.products import Products
+from secondorder.operators.solve import solve
+from secondorder.solvers import SolveResult
 from secondorder.vectors.flat import on_parts
 
 Product = Callable[[Tensor], Tensor]
 
-# Up to here an eigendecomposition is cheaper than CG on an ill-conditioned system, and says more.
-DIRECT_LIMIT = 500
 
-
-class LinearOperator(ABC):
+class LinearOperator(Products):
     """A linear map from vectors of shape ``(n,)`` to vectors of shape ``(m,)``.
 
     Attributes:
@@ -40,32 +37,15 @@ class LinearOperator(ABC):
     ``c I``, with a vector of shape ``(n,)`` a diagonal. Nothing is computed before a product is asked for.
     """
 
-    is_symmetric = True
+    # NumPy leaves its operators with this to us, which refuse arrays instead of adding entry by entry.
+    __array_ufunc__ = None
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.device = device
-
-    @abstractmethod
-    def _matvec(self, v: Tensor) -> Tensor:
-        """The product with one vector of shape (n,), checked before."""
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        """The product with a block of shape (n, k), checked before."""
-        return torch.stack([self._matvec(v) for v in V.T], dim=1)
-
-    def _rmatvec(self, u: Tensor) -> Tensor:
-        """The product of the transpose with one vector of shape (m,), checked before."""
-        if self.is_symmetric:
-            return self._matvec(u)
-        raise NotImplementedError(f"{type(self).__name__} has no transpose; give it a method _rmatvec.")
-
-    def _rmatmat(self, U: Tensor) -> Tensor:
-        """The product of the transpose with a block of shape (m, k), checked before."""
-        if self.is_symmetric:
-            return self._matmat(U)
-        return torch.stack([self._rmatvec(u) for u in U.T], dim=1)
+    # The tensors whose flat vectors it takes and gives, where it knows them.
+    _parts: tuple[Tensor, ...] | None = None
+    # The operator of which this is the transpose.
+    _original: LinearOperator | None = None
+    # The operators of which this is the product, where it is known to be one.
+    _known_factors: tuple[LinearOperator, ...] | None = None
 
     @overload
     def __matmul__(self, v: Tensor) -> Tensor: ...
@@ -85,9 +65,9 @@ class LinearOperator(ABC):
             TypeError: ``v`` is not a tensor or an operator, or of another dtype.
             ValueError: ``v`` has another length, or is on another device.
         """
-        if isinstance(v, LinearOperator):
-            return self._composed(v)
         if not isinstance(v, Tensor):
+            if isinstance(v, LinearOperator):
+                return _composed(self, v)
             return on_parts(self.__matmul__, v, self._parts)
         n = self.shape[1]
         if v.ndim not in (1, 2) or v.shape[0] != n:
@@ -122,51 +102,6 @@ class LinearOperator(ABC):
         # It knows this one, not the other way round: a cycle would keep graphs alive.
         transposed._original = self
         return transposed
-
-    # The tensors whose flat vectors it takes and gives, where it knows them.
-    _parts: tuple[Tensor, ...] | None = None
-
-    # Whether complex vectors are pairs of real numbers to it.
-    _is_real_linear = False
-
-    # The operator of which this is the transpose.
-    _original: LinearOperator | None = None
-
-    def _times_transposed(self, u: Tensor) -> Tensor:
-        return self._rmatvec(u) if u.ndim == 1 else self._rmatmat(u)
-
-    def dense(self, chunk_size: int = 128) -> Tensor:
-        """The matrix, shape (m, n): ``n`` products, ``chunk_size`` at a time."""
-        columns = [self @ basis for basis in self._basis(chunk_size)]
-        if not columns:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return torch.cat(columns, dim=1)
-
-    def diagonal(self, chunk_size: int = 128) -> Tensor:
-        """The diagonal of a square operator, shape (n,): ``n`` products, ``chunk_size`` at a time.
-
-        Raises:
-            ValueError: the operator is not square.
-        """
-        self._require_square("diagonal")
-        parts = [(basis * (self @ basis)).sum(0) for basis in self._basis(chunk_size)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype, device=self.device)
-
-    def _basis(self, chunk_size: int) -> Iterator[Tensor]:
-        """The identity, ``chunk_size`` columns at a time."""
-        if self._is_real_linear:
-            raise TypeError(
-                "for complex parameters the map is linear over the real numbers only, and has no complex"
-                " matrix; use torch.view_as_real."
-            )
-        if not (isinstance(chunk_size, int) and chunk_size >= 1):
-            raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
-        like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape[1])
-        return (basis for _, basis in identity_blocks(like, chunk_size))
-
-    def _require_square(self, what: str) -> None:
-        if self.shape[0] != self.shape[1]:
-            raise ValueError(f"{what} needs a square operator, got shape {self.shape}.")
 
     def solve(
         self,
@@ -203,26 +138,7 @@ class LinearOperator(ABC):
             >>> MatrixOperator(torch.tensor([[2.0, 0.0], [0.0, 4.0]])).solve(torch.ones(2)).x
             tensor([0.5000, 0.2500])
         """
-        if not damping >= 0:
-            raise ValueError(f"damping must be non-negative, got {damping}.")
-        if solver == "auto":
-            small = self.shape[0] <= DIRECT_LIMIT
-            solver = "lsmr" if not self.is_symmetric else "direct" if small and M is None else "cg"
-        if M is not None and solver not in ("cg", "minres"):
-            raise ValueError(
-                f"M is for solver='cg' or 'minres', got solver={solver!r}; leave one of them out."
-            )
-        if solver == "direct":
-            return direct(self, b, damping=damping)
-        if solver == "lsmr":
-            return lsmr(self, b, damping=damping, rtol=rtol, max_iter=max_iter)
-        if solver not in ("cg", "minres"):
-            raise ValueError(
-                f"solver must be one of 'auto', 'cg', 'minres', 'direct', 'lsmr', got {solver!r}."
-            )
-        iterate = cg if solver == "cg" else minres
-        system = self + damping if damping else self
-        return iterate(system, b, M=M, rtol=rtol, max_iter=max_iter)
+        return solve(self, b, solver=solver, damping=damping, rtol=rtol, max_iter=max_iter, M=M)
 
     def to(self, dtype: torch.dtype) -> LinearOperator:
         """The operator for vectors of another dtype, which are converted for each product and back."""
@@ -236,96 +152,21 @@ class LinearOperator(ABC):
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` that takes and gives NumPy arrays, on the CPU."""
-        products = {
-            name: self._on_arrays(function)
-            for name, function in (
-                ("matvec", self.__matmul__),
-                ("matmat", self.__matmul__),
-                ("rmatvec", self.T.__matmul__),
-                ("rmatmat", self.T.__matmul__),
-            )
-        }
-        if self.dtype == torch.bfloat16:
-            raise TypeError(
-                "to_scipy needs a dtype that NumPy has, got torch.bfloat16; use A.to(torch.float32)."
-            )
-        dtype = torch.zeros(0, dtype=self.dtype, device="cpu").numpy().dtype
-        return scipy.sparse.linalg.LinearOperator(self.shape, dtype=dtype, **products)
-
-    def _on_arrays(self, function: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-        def product(array: np.ndarray) -> np.ndarray:
-            v = torch.as_tensor(np.ascontiguousarray(array)).to(device=self.device, dtype=self.dtype)
-            result: np.ndarray = function(v).detach().cpu().numpy()
-            return result
-
-        return product
+        return to_scipy(self)
 
     def __add__(self, other: LinearOperator | Tensor | float) -> LinearOperator:
         if isinstance(other, LinearOperator):
             _require_equal(self, other, "shape", "dtype", "device")
             is_symmetric = self.is_symmetric and other.is_symmetric
             backward = None if is_symmetric else lambda u: self.T @ u + other.T @ u
-            text = f"{self._label} + {other._label}"
+            text = f"{_label(self)} + {_label(other)}"
             like = other if self._parts is None else self
             return _Derived(text, self.shape, like, lambda v: self @ v + other @ v, backward)
         if isinstance(other, Tensor | float | int):
-            return self._shifted(other)
+            return _shifted(self, other)
         return NotImplemented
 
     __radd__ = __add__
-
-    def _shifted(self, shift: Tensor | float) -> LinearOperator:
-        """``A + diag(shift)``; a number stands for that multiple of the identity."""
-        self._require_square("adding a number or a diagonal")
-        n = self.shape[0]
-        if isinstance(shift, Tensor) and shift.ndim > 0 and tuple(shift.shape) != (n,):
-            raise ValueError(
-                f"shift must be a number or a diagonal of shape ({n},), got {tuple(shift.shape)}; wrap a"
-                " matrix in MatrixOperator."
-            )
-        if isinstance(shift, Tensor):
-            # A copy of this dtype: what the caller does with the tensor later does not change the operator.
-            shift = shift.detach().to(self.dtype, copy=True)
-        elif not math.isfinite(shift):
-            raise ValueError(f"shift must be finite, got {shift}.")
-
-        def times(v: Tensor) -> Tensor:
-            if isinstance(shift, Tensor) and shift.ndim == 1 and v.ndim == 2:
-                return shift[:, None] * v
-            return shift * v
-
-        backward = None if self.is_symmetric else lambda u: self.T @ u + times(u)
-        what = "diagonal" if isinstance(shift, Tensor) and shift.ndim else f"{float(shift):.6g}"
-        return _Derived(f"{self._label} + {what}", self.shape, self, lambda v: self @ v + times(v), backward)
-
-    def _composed(self, other: LinearOperator) -> LinearOperator:
-        """``A @ B``; known to be symmetric where the factors mirror one another, as in ``J.T @ D @ J``."""
-        _require_equal(self, other, "dtype", "device")
-        if self.shape[1] != other.shape[0]:
-            raise ValueError(f"A and B must fit for A @ B, got shapes {self.shape} and {other.shape}.")
-        factors = (*self._factors, *other._factors)
-        pairs = zip(factors, reversed(factors), strict=True)
-        is_symmetric = all(a is b.T or a.T is b for a, b in pairs)
-        backward = None if is_symmetric else lambda u: other.T @ (self.T @ u)
-        shape = (self.shape[0], other.shape[1])
-        text = f"{_bracketed(self)} @ {_bracketed(other)}"
-        product = _Derived(text, shape, self, lambda v: self @ (other @ v), backward)
-        product._known_factors = factors
-        return product
-
-    # NumPy leaves its operators with this to us, which refuse arrays instead of adding entry by entry.
-    __array_ufunc__ = None
-
-    # The operators of which this is the product, where it is known to be one.
-    _known_factors: tuple[LinearOperator, ...] | None = None
-
-    @property
-    def _factors(self) -> tuple[LinearOperator, ...]:
-        return (self,) if self._known_factors is None else self._known_factors
-
-    @property
-    def _label(self) -> str:
-        return type(self).__name__
 
     def __sub__(self, other: LinearOperator | Tensor | float) -> LinearOperator:
         return self + (-1.0 * other)
@@ -348,23 +189,9 @@ class LinearOperator(ABC):
     def __neg__(self) -> LinearOperator:
         return -1.0 * self
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
-
-
-def _bracketed(operator: LinearOperator) -> str:
-    return f"({operator._label})" if " + " in operator._label else operator._label
-
 
 class _Derived(LinearOperator):
     """An operator made of others: a function of vectors or blocks, and one for its transpose."""
-
-    @property
-    def _label(self) -> str:
-        return self._text
-
-    def __repr__(self) -> str:
-        return f"LinearOperator({self._text}, shape={self.shape}, dtype={self.dtype}, device={self.device})"
 
     def __init__(
         self,
@@ -391,6 +218,67 @@ class _Derived(LinearOperator):
 
     def _rmatmat(self, U: Tensor) -> Tensor:
         return self._backward(U)
+
+    def __repr__(self) -> str:
+        return f"LinearOperator({self._text}, shape={self.shape}, dtype={self.dtype}, device={self.device})"
+
+
+def _shifted(A: LinearOperator, shift: Tensor | float) -> LinearOperator:
+    """``A + diag(shift)``; a number stands for that multiple of the identity."""
+    A._require_square("adding a number or a diagonal")
+    _check_shift(shift, A.shape[0])
+    if isinstance(shift, Tensor):
+        # A copy of this dtype: what the caller does with the tensor later does not change the operator.
+        shift = shift.detach().to(A.dtype, copy=True)
+
+    def times(v: Tensor) -> Tensor:
+        if isinstance(shift, Tensor) and shift.ndim == 1 and v.ndim == 2:
+            return shift[:, None] * v
+        return shift * v
+
+    backward = None if A.is_symmetric else lambda u: A.T @ u + times(u)
+    what = "diagonal" if isinstance(shift, Tensor) and shift.ndim else f"{float(shift):.6g}"
+    return _Derived(f"{_label(A)} + {what}", A.shape, A, lambda v: A @ v + times(v), backward)
+
+
+def _check_shift(shift: Tensor | float, n: int) -> None:
+    if not isinstance(shift, Tensor):
+        if not math.isfinite(shift):
+            raise ValueError(f"shift must be finite, got {shift}.")
+    elif shift.ndim > 0 and tuple(shift.shape) != (n,):
+        raise ValueError(
+            f"shift must be a number or a diagonal of shape ({n},), got {tuple(shift.shape)}; wrap a"
+            " matrix in MatrixOperator."
+        )
+
+
+def _composed(A: LinearOperator, B: LinearOperator) -> LinearOperator:
+    """``A @ B``; known to be symmetric where the factors mirror one another, as in ``J.T @ D @ J``."""
+    _require_equal(A, B, "dtype", "device")
+    if A.shape[1] != B.shape[0]:
+        raise ValueError(f"A and B must fit for A @ B, got shapes {A.shape} and {B.shape}.")
+    factors = _factors(A) + _factors(B)
+    pairs = zip(factors, reversed(factors), strict=True)
+    is_symmetric = all(a is b.T or a.T is b for a, b in pairs)
+    backward = None if is_symmetric else lambda u: B.T @ (A.T @ u)
+    shape = (A.shape[0], B.shape[1])
+    text = f"{_bracketed(A)} @ {_bracketed(B)}"
+    product = _Derived(text, shape, A, lambda v: A @ (B @ v), backward)
+    product._known_factors = factors
+    return product
+
+
+def _label(A: LinearOperator) -> str:
+    return A._text if isinstance(A, _Derived) else type(A).__name__
+
+
+def _bracketed(A: LinearOperator) -> str:
+    label = _label(A)
+    return f"({label})" if " + " in label else label
+
+
+def _factors(A: LinearOperator) -> tuple[LinearOperator, ...]:
+    return (A,) if A._known_factors is None else A._known_factors
 
 
 def _require_equal(first: LinearOperator, second: LinearOperator, *names: str) -> None:

@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff import graph, ladder
-from secondorder.autodiff.backward import cotangents, pull, pull_rows
+from secondorder.autodiff.backward import Pass, cotangents
 from secondorder.autodiff.convolutions import lighten_rows
 from secondorder.autodiff.decompose import current
-from secondorder.autodiff.graph import Source, end, has_graph, like
+from secondorder.autodiff.graph import Source, has_graph, like
 from secondorder.operators.linear import LinearOperator
 from secondorder.vectors import arguments
-from secondorder.vectors.flat import flatten, flatten_rows, unflatten, unflatten_rows
+from secondorder.vectors.flat import Layout, flatten, flatten_rows
 from secondorder.vectors.tree import Tree
 
 Function = Callable[..., Any]
-# ``pull`` for one vector, ``pull_rows`` for a batch.
-Pull = Callable[[Sequence[Source], Sequence[Source], Sequence[Tensor]], list[Tensor]]
 
 # Width of the block on which a batched backward pass is measured against a loop.
 MEASURED_WIDTH = 8
@@ -47,8 +45,8 @@ class ParameterOperator(LinearOperator):
         self.parameters = check_parameters(parameters)
         self._batched, self._rung = batched, current()
         first = self.parameters[0]
-        n = sum(p.numel() for p in self.parameters)
-        super().__init__((n, n), first.dtype, first.device)
+        self._layout = Layout(self.parameters)
+        super().__init__((self._layout.size, self._layout.size), first.dtype, first.device)
         self._parts = self.parameters
         self._is_real_linear = first.dtype.is_complex
 
@@ -57,8 +55,8 @@ class ParameterOperator(LinearOperator):
         """The tensors through whose graph a product is a backward pass."""
 
     @abstractmethod
-    def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
-        """The product, in parts shaped like the parameters, with a leading dimension for a batch."""
+    def _apply(self, parts: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        """The product, in parts shaped like the parameters, with a leading dimension where batched."""
 
     def restrict(self, indices: Iterable[int]) -> ParameterOperator:
         """The diagonal block of the parameters at some positions, exactly: on their flat vector alone.
@@ -77,8 +75,8 @@ class ParameterOperator(LinearOperator):
         block = copy.copy(self)
         block._keep(kept)
         block.parameters = block._parts = tuple(self.parameters[i] for i in kept)
-        n = sum(p.numel() for p in block.parameters)
-        block.shape = (n, n)
+        block._layout = Layout(block.parameters)
+        block.shape = (block._layout.size, block._layout.size)
         return block
 
     @abstractmethod
@@ -91,14 +89,14 @@ class ParameterOperator(LinearOperator):
 
     def _matvec(self, v: Tensor) -> Tensor:
         with self._rung():
-            return flatten(self._apply(unflatten(v, self.parameters), pull))
+            return flatten(self._apply(self._layout.unflatten(v), False))
 
     def _matmat(self, V: Tensor) -> Tensor:
         return in_batch_or_loop(self, V, self._matvec, self._in_batch)
 
     def _in_batch(self, V: Tensor) -> Tensor:
         with self._rung():
-            return flatten_rows(self._apply(unflatten_rows(V.T, self.parameters), pull_rows)).T
+            return flatten_rows(self._apply(self._layout.unflatten_rows(V.T), True)).T
 
 
 class Jacobian(LinearOperator):
@@ -131,6 +129,8 @@ class Jacobian(LinearOperator):
 
     is_symmetric = False
 
+    _kept: Pass | None = None
+
     def __init__(
         self,
         outputs: Tensor | Sequence[Source],
@@ -145,18 +145,16 @@ class Jacobian(LinearOperator):
         first = self.parameters[0]
         if not any(map(has_graph, self._sources)):
             raise ValueError("outputs must carry a graph; compute them with gradients on.")
-        for output in self.outputs:
-            if output.device != first.device or output.is_complex() != first.is_complex():
-                raise ValueError(
-                    f"outputs and parameters must be on one device, and real or complex together, got"
-                    f" {output.dtype} on {output.device} and {first.dtype} on {first.device}."
-                )
+        _check_outputs(self.outputs, first)
         self._batched = self._batched_transpose = batched
         self._rung = current()
-        rows, columns = (sum(t.numel() for t in tensors) for tensors in (self.outputs, self.parameters))
-        super().__init__((rows, columns), first.dtype, first.device)
+        self._rows, self._columns = Layout(self.outputs), Layout(self.parameters)
+        super().__init__((self._rows.size, self._columns.size), first.dtype, first.device)
         self._is_real_linear = first.dtype.is_complex
-        self._rows = self._build() if keep_graph else None
+        self._backward = Pass(self._sources, self.parameters)
+        self._kept = self.forward if keep_graph else None
+        # As under autocast; flat vectors are of the parameters' dtype alone.
+        self._is_mixed = any(output.dtype != first.dtype for output in self.outputs)
 
     @classmethod
     def of(
@@ -175,74 +173,63 @@ class Jacobian(LinearOperator):
 
         return ladder.climb(build)
 
-    def _build(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """``u``, and ``J^T u`` in its graph: linear in ``u``, its derivative applied to ``v`` is ``J v``."""
+    @property
+    def forward(self) -> Pass:
+        """``J v`` in parts shaped like the outputs, kept or built anew.
+
+        ``J^T u`` is linear in ``u``: its derivative, applied to ``v``, is ``J v``.
+        """
+        if self._kept is not None:
+            return self._kept
         graph.refuse_wrong_rows(self._sources, self.parameters)
         with torch.enable_grad():
             duals = cotangents(self.outputs)
-            outputs = [end(source) for source in self._sources]
-            pulled = arguments.grad(outputs, self.parameters, duals, create_graph=True)
+            pulled = self._backward.in_graph(duals)
         lighten_rows(pulled, self._sources)
-        return list(duals), list(pulled)
-
-    def rows(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The dual vector ``u`` and ``J^T u`` in its graph, kept or built anew."""
-        return self._build() if self._rows is None else self._rows
+        return Pass(pulled, duals)
 
     def differentiated(self) -> Iterable[Tensor | None]:
         """``J^T u``: the tensors through whose graph ``J @ v`` is a backward pass."""
-        return self.rows()[1]
+        return self.forward.outputs
 
-    def push(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
-        """``J v`` in parts, shaped like the outputs."""
-        duals, pulled = self.rows()
-        live = [(p, part) for p, part in zip(pulled, parts, strict=True) if p is not None and p.requires_grad]
-        if not live:
-            k = parts[0].shape[: parts[0].ndim - self.parameters[0].ndim]
-            return [output.new_zeros((*k, *output.shape)) for output in self.outputs]
-        return grad([p for p, _ in live], duals, [part for _, part in live])
-
-    def pull(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
+    def backward(self, parts: Sequence[Tensor], batched: bool) -> list[Tensor]:
         """``J^T u`` in parts, shaped like the parameters."""
-        triples = zip(self._sources, self.outputs, parts, strict=True)
-        live = [(source, part.to(z.dtype)) for source, z, part in triples if has_graph(source)]
-        return grad([z for z, _ in live], self.parameters, [part for _, part in live])
+        if self._is_mixed:
+            parts = [part.to(output.dtype) for part, output in zip(parts, self.outputs, strict=True)]
+        return self._backward(parts, batched)
 
     def restrict(self, indices: Sequence[int]) -> Jacobian:
         """The columns of some parameters."""
         block = copy.copy(self)
         block.parameters = tuple(self.parameters[i] for i in indices)
-        block.shape = (self.shape[0], sum(p.numel() for p in block.parameters))
-        if self._rows is not None:
-            block._rows = (self._rows[0], [self._rows[1][i] for i in indices])
+        block._columns = Layout(block.parameters)
+        block.shape = (self.shape[0], block._columns.size)
+        block._backward = Pass(self._sources, block.parameters)
+        if self._kept is not None:
+            block._kept = Pass([self._kept.outputs[i] for i in indices], self._kept.inputs)
         return block
 
     def _matvec(self, v: Tensor) -> Tensor:
         with self._rung():
-            return flatten(self._as_dtype(self.push(unflatten(v, self.parameters), pull)))
+            return flatten(self.forward(self._columns.unflatten(v), False)).to(self.dtype)
 
     def _matmat(self, V: Tensor) -> Tensor:
         return in_batch_or_loop(self, V, self._matvec, self._in_batch)
 
     def _in_batch(self, V: Tensor) -> Tensor:
         with self._rung():
-            parts = self.push(unflatten_rows(V.T, self.parameters), pull_rows)
-            return flatten_rows(self._as_dtype(parts)).T
-
-    def _as_dtype(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Outputs may be of another dtype than the parameters, as under autocast; flat vectors are not."""
-        return [part.to(self.dtype) for part in parts]
+            return flatten_rows(self.forward(self._columns.unflatten_rows(V.T), True)).T.to(self.dtype)
 
     def _rmatvec(self, u: Tensor) -> Tensor:
         with self._rung():
-            return flatten(self.pull(unflatten(u, self.outputs), pull))
+            return flatten(self.backward(self._rows.unflatten(u), False))
 
     def _rmatmat(self, U: Tensor) -> Tensor:
         return in_batch_or_loop(self, U, self._rmatvec, self._transposed_in_batch, "_batched_transpose")
 
     def _transposed_in_batch(self, U: Tensor) -> Tensor:
         with self._rung():
-            return flatten_rows(self.pull(unflatten_rows(U.T, self.outputs), pull_rows)).T
+            return flatten_rows(self.backward(self._rows.unflatten_rows(U.T), True)).T
 
 
 class ThroughOutputs(ParameterOperator):
@@ -255,7 +242,7 @@ class ThroughOutputs(ParameterOperator):
     jacobian: Jacobian
 
     @abstractmethod
-    def _middle(self, parts: list[Tensor], grad: Pull) -> list[Tensor]:
+    def _middle(self, parts: list[Tensor], batched: bool) -> list[Tensor]:
         """``M u`` in parts, shaped like the outputs."""
 
     @property
@@ -267,8 +254,9 @@ class ThroughOutputs(ParameterOperator):
         """Those of the Jacobian."""
         return self.jacobian.differentiated()
 
-    def _apply(self, parts: Sequence[Tensor], grad: Pull) -> list[Tensor]:
-        return self.jacobian.pull(self._middle(self.jacobian.push(parts, grad), grad), grad)
+    def _apply(self, parts: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        jacobian = self.jacobian
+        return jacobian.backward(self._middle(jacobian.forward(parts, batched), batched), batched)
 
     def _keep(self, indices: list[int]) -> None:
         self.jacobian = self.jacobian.restrict(indices)
@@ -335,6 +323,15 @@ def tried(operator: AnyOperator) -> AnyOperator:
     return operator
 
 
+def _check_outputs(outputs: Iterable[Tensor], first: Tensor) -> None:
+    for output in outputs:
+        if output.device != first.device or output.is_complex() != first.is_complex():
+            raise ValueError(
+                f"outputs and parameters must be on one device, and real or complex together, got"
+                f" {output.dtype} on {output.device} and {first.dtype} on {first.device}."
+            )
+
+
 def check_parameters(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """The parameters as a tuple; raises unless they are different tensors of one dtype and device.
 
@@ -348,9 +345,9 @@ def check_parameters(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
             raise TypeError(f"parameters[{index}] must be a tensor, got {type(parameter).__name__}.")
     if not tensors:
         raise ValueError("parameters must hold at least one tensor, got none.")
-    first = tensors[0]
+    first, seen = tensors[0], set[int]()
     for index, parameter in enumerate(tensors):
-        if any(parameter is other for other in tensors[:index]):
+        if id(parameter) in seen:
             raise ValueError(f"parameters must hold each tensor once, got parameters[{index}] twice.")
         if not parameter.requires_grad:
             raise ValueError(f"parameters[{index}] must require gradients; call requires_grad_() on it.")
@@ -359,4 +356,5 @@ def check_parameters(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
                 f"parameters must share dtype and device, got {first.dtype} on {first.device} and "
                 f"{parameter.dtype} on {parameter.device}."
             )
+        seen.add(id(parameter))
     return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,8 +90,8 @@ class ConjugateDirections:
         self._dAd = self.direction.dot(self._Ad)
         # One read of the host for all.
         squares = [self._dAd, self.direction.dot(self.direction), *self._lengths()]
-        curvature, squared_norm, *self._read = torch.stack(squares).tolist()
-        self._read.append(curvature)
+        curvature, squared_norm, *lengths = torch.stack(squares).tolist()
+        self.lengths = [*lengths, curvature]
         quotient = curvature / squared_norm if squared_norm > 0 else 0.0
         self._steepest = max(self._steepest, quotient)
         rounding = torch.finfo(self._Ad.dtype).eps * self._steepest
@@ -136,25 +137,6 @@ class ConjugateDirections:
         """Undo all steps: one of them went along a direction in which there is nothing to hold on to."""
         self.x, self.direction = self._start, self._flat_direction
 
-    def to_boundary(self, radius: float) -> float | None:
-        """How far along the direction the ball of ``radius`` ends: ``tau`` with ``norm(x + tau d) = radius``.
-
-        None where the step of ``advance`` ends inside.
-        """
-        squared_length, product, squared, rz, curvature = self._read
-        if not squared_length > 0:
-            return None
-        length = math.sqrt(squared_length)
-        # In units of the radius, of which the square may leave the range.
-        half_b, c = product / length / radius, squared / radius / radius - 1
-        step = rz / curvature * length / radius if curvature > 0 else math.inf
-        if c + step * (2 * half_b + step) < 0:
-            return None
-        root = math.sqrt(max(half_b * half_b - c, 0.0))
-        # Without cancellation.
-        found = -c / (half_b + root) if half_b > 0 else root - half_b
-        return found * radius / length
-
     def move(self, length: float) -> None:
         """Go ``length`` along the direction and choose no next one."""
         self.x = self.x + length * self.direction
@@ -170,3 +152,23 @@ class ConjugateDirections:
         """Go on from the true residual that ``measure`` found."""
         self._residual = self._residual_true
         self._aim()
+
+
+def to_boundary(lengths: Sequence[float], radius: float) -> float | None:
+    """How far along the direction the ball of ``radius`` ends: ``tau`` with ``norm(x + tau d) = radius``.
+
+    None where the step of ``advance`` ends inside. ``lengths`` are those that ``curvature()`` has read.
+    """
+    squared_length, product, squared, rz, curvature = lengths
+    if not squared_length > 0:
+        return None
+    length = math.sqrt(squared_length)
+    # In units of the radius, of which the square may leave the range.
+    half_b, c = product / length / radius, squared / radius / radius - 1
+    step = rz / curvature * length / radius if curvature > 0 else math.inf
+    if c + step * (2 * half_b + step) < 0:
+        return None
+    root = math.sqrt(max(half_b * half_b - c, 0.0))
+    # Without cancellation.
+    found = -c / (half_b + root) if half_b > 0 else root - half_b
+    return found * radius / length

@@ -62,13 +62,7 @@ def block_cg(
         >>> block_cg(A, torch.eye(3)).iterations
         1
     """
-    check_system(A, B)
-    if B.ndim != 2:
-        raise ValueError(f"B must have shape (n, k), got {tuple(B.shape)}; use cg for one right-hand side.")
-    if X0 is not None:
-        check_start(X0, B, B.shape[0])
-    check_limits(rtol, atol, max_iter)
-    check_preconditioner(M, B)
+    _check(A, B, X0, M, (rtol, atol, max_iter))
     B = B.detach()
     # Columns whose squares would leave the range are solved at size one.
     largest = B.abs().amax(0) if B.shape[0] else B.new_zeros(B.shape[1])
@@ -89,6 +83,16 @@ def block_cg(
         if status != "converged" or not helps:
             break
     return run.result("stagnated" if status == "converged" else status, exponents)
+
+
+def _check(A: Any, B: Tensor, X0: Tensor | None, M: Any, limits: tuple[Any, ...]) -> None:
+    check_system(A, B)
+    if B.ndim != 2:
+        raise ValueError(f"B must have shape (n, k), got {tuple(B.shape)}; use cg for one right-hand side.")
+    if X0 is not None:
+        check_start(X0, B, B.shape[0])
+    check_limits(*limits)
+    check_preconditioner(M, B)
 
 
 def _divided(B: Tensor, exponents: Sequence[int]) -> Tensor:
@@ -125,14 +129,9 @@ class _Block:
         steepest, flattest, self._direction = 0.0, math.inf, None
         while True:
             # The residuals are Q S.
-            norms = S.norm(dim=0)
-            total, still_open = torch.stack([norms.sum(), (norms > self.tolerances).sum()]).tolist()
-            if not math.isfinite(total):
-                return "non_finite"
-            if not still_open:
-                return "converged"
-            if self.iteration >= limit:
-                return "max_iter"
+            stopped_by = self._judge(S.norm(dim=0), limit)
+            if stopped_by is not None:
+                return stopped_by
             Z = Q if self._M is None else self._preconditioned(Q)
             P = torch.linalg.qr(Z - P @ (inverse @ (AP.T @ Z)))[0]
             AP = self._multiply(P)
@@ -159,6 +158,15 @@ class _Block:
             Q, C = torch.linalg.qr(Q - AP @ step)
             S = C @ S
             self.iteration += 1
+
+    def _judge(self, norms: Tensor, limit: int) -> str | None:
+        """Whether residuals of these norms end the iteration."""
+        total, still_open = torch.stack([norms.sum(), (norms > self.tolerances).sum()]).tolist()
+        if not math.isfinite(total):
+            return "non_finite"
+        if not still_open:
+            return "converged"
+        return "max_iter" if self.iteration >= limit else None
 
     def _preconditioned(self, Q: Tensor) -> Tensor:
         Z: Tensor = self._M @ Q

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from secondorder.solvers._checks import check_iteration, check_radius
-from secondorder.solvers._directions import CGState, ConjugateDirections
+from secondorder.solvers._directions import CGState, ConjugateDirections, to_boundary
 from secondorder.solvers._result import SolveResult, by_columns
 from secondorder.solvers._scale import check_range, rescaled
 
@@ -118,7 +118,7 @@ def _iterate(
             check_range(run.A, run.products, run.x.dtype, *run.sizes)
         if not math.isfinite(curvature):
             return "non_finite"
-        length = None if radius is None else run.to_boundary(radius)
+        length = None if radius is None else to_boundary(run.lengths, radius)
         if length is not None:
             run.move(length)
             return "boundary" if curvature > 0 else "negative_curvature"

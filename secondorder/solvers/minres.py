@@ -80,75 +80,60 @@ def minres(
     check_iteration(A, b, x0, M, (rtol, atol, max_iter))
     limit = 10 * b.numel() if max_iter is None else max_iter
     tolerance = max(rtol * float(b.norm()), atol)
-    return _solve(_Recurrence(A, b, x0, M), tolerance, limit, stop_at_negative_curvature)
+    return _solve(_Recurrence(_System(A, b, M), x0), tolerance, limit, stop_at_negative_curvature)
 
 
 def _solve(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curvature: bool) -> SolveResult:
     """Iterate, verify, and start again from the best point, until that helps no more."""
-    best, last_start = run.first, run.first._replace(norm=math.inf)
-    check_at, goal, doubted = FIRST_CHECK, tolerance, None
+    system, best, last_start = run.system, run.first, run.first._replace(norm=math.inf)
+    check_at, goal = FIRST_CHECK, tolerance
     while True:
         status = _iterate(run, goal, min(check_at, limit), stop_at_negative_curvature)
-        here = run.measure()
+        here = system.measure(run.x)
         has_drifted = not run.agrees(here)
         best = here if not here.norm >= best.norm else best
         if best.norm <= tolerance:
-            status = "converged"
-        elif doubted and status != "negative_curvature" and not run.is_better(best, doubted):
+            return _result(run, best, here, "converged")
+        if run.doubted and status != "negative_curvature" and not system.is_better(best, run.doubted):
             # Further on the iterates of an inconsistent system grow beyond bounds.
-            best = here = best if run.is_stationary_at(best) else doubted
-            status = "least_squares"
-            break
-        elif status == "check" and run.iteration >= limit:
-            status = "max_iter"
-        if status in ("max_iter", "negative_curvature", "non_finite") or best.norm <= tolerance:
-            break
-        doubted, run.is_doubted = None, False
-        if status == "least_squares":
-            if not run.is_stationary_at(here):
-                # In the norm of M there is no less; in the Euclidean one there may be.
-                run.drop_preconditioner()
-            elif run.is_closed():
-                break
-            else:
-                # Or the system is ill-conditioned, and there is less further on.
-                doubted, run.is_doubted = best, True
-                check_at = run.iteration + max(run.iteration, FIRST_CHECK)
-                run.advance()
-                continue
-        if status == "check" and not has_drifted:
+            best = best if system.is_stationary_at(best) else run.doubted
+            return _result(run, best, best, "least_squares")
+        if status in ("negative_curvature", "non_finite"):
+            return _result(run, best, here, status)
+        if status == "check" and run.iteration >= limit:
+            return _result(run, best, here, "max_iter")
+        run.doubted = None
+        if status == "least_squares" and not system.is_stationary_at(here):
+            # In the norm of M there is no less; in the Euclidean one there may be.
+            system.M = None
+        elif status == "least_squares" and run.is_closed():
+            return _result(run, best, here, status)
+        elif status == "least_squares":
+            check_at = run.iteration + max(run.iteration, FIRST_CHECK)
+            run.doubt(best)
+            continue
+        elif status == "check" and not has_drifted:
             check_at *= 2
             continue
-        if status == "converged" and run.is_preconditioned and not has_drifted:
+        elif status == "converged" and system.M is not None and not has_drifted:
             # The norm of M says so, the Euclidean one does not yet.
             goal *= 0.5 * tolerance / here.norm
             continue
         if not best.norm < 0.5 * last_start.norm:
-            status = "stagnated"
-            break
+            return _result(run, best, here, "stagnated")
         last_start, check_at, goal = best, run.iteration + FIRST_CHECK, tolerance
         run.start(best)
-    return _result(run, best, here, status)
-
-
-class _Verified(NamedTuple):
-    """An iterate with its true residual."""
-
-    x: Tensor
-    residual: Tensor
-    norm: float
-    quadratic: float
 
 
 def _result(run: _Recurrence, best: _Verified, last: _Verified, status: str) -> SolveResult:
     """The best point that was verified; the last one says whether the numbers are still finite."""
     if status in ("stagnated", "least_squares"):
-        is_least = not run.is_at_rounding(best) and run.is_stationary_at(best)
+        is_least = not run.system.is_at_rounding(best) and run.system.is_stationary_at(best)
         status = "least_squares" if is_least else "stagnated"
     if not math.isfinite(last.norm):
         status = "non_finite"
     return SolveResult(
-        best.x, status, run.iteration, best.norm, best.quadratic, run.products, run.nonpositive
+        best.x, status, run.iteration, best.norm, best.quadratic, run.system.products, run.nonpositive
     )
 
 
@@ -168,7 +153,7 @@ def _iterate(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_cu
             run.nonpositive = run.residual_direction
             if stop_at_negative_curvature:
                 return "negative_curvature"
-        if run.is_stationary() and not run.is_doubted:
+        if run.is_stationary() and run.doubted is None:
             return "least_squares"
         run.advance()
 
@@ -180,48 +165,27 @@ class _Recurrence:
     ``gamma`` the diagonal, ``delta`` the off-diagonal of the triangular factor.
     """
 
-    def __init__(self, A: Any, b: Tensor, x0: Tensor | None, M: Any) -> None:
-        self._A, self._b, self._M = A, b, M
-        self.iteration, self.products = 0, 0
-        # Whether the residual seemed to be the least one, and the iteration goes on to see.
-        self.is_doubted = False
+    def __init__(self, system: _System, x0: Tensor | None) -> None:
+        self.system = system
+        self.iteration = 0
+        # Where the residual seemed to be the least one, and the iteration goes on to see.
+        self.doubted: _Verified | None = None
         self.nonpositive: Tensor | None = None
-        # Rounding in the recurrence of w counts with the square of the condition number (Sleijpen, van der
-        # Vorst and Modersitzki 2000, Differences in the effects of rounding errors in Krylov solvers).
-        has_double = b.device.type != "mps"
-        self._wide = torch.float64 if has_double else b.dtype
-        x = b.new_zeros(b.shape) if x0 is None else x0.to(b)
-        residual = b if x0 is None else b - self._multiply(x)
-        norm, quadratic = torch.stack([residual.norm(), x.dot(b - residual)]).tolist()
-        self._size = 0.0
-        self.first = _Verified(x, residual, norm, quadratic)
+        self.first = system.start(x0)
         self.start(self.first)
-
-    @property
-    def is_preconditioned(self) -> bool:
-        return self._M is not None
-
-    def drop_preconditioner(self) -> None:
-        """Go on without, from the next start."""
-        self._M = None
-
-    def _multiply(self, v: Tensor) -> Tensor:
-        self.products += 1
-        product: Tensor = self._A @ v
-        return product
 
     def start(self, point: _Verified) -> None:
         """Begin a Krylov space at the residual of a point."""
-        self.x, residual = point.x.to(self._wide), point.residual
+        self.x, residual = self.system.widened(point.x), point.residual
         self._r, self._r_old = residual, torch.zeros_like(residual)
-        self._y = residual if self._M is None else self._M @ residual
+        self._y = self.system.precondition(residual)
         squared, norm = torch.stack([residual.dot(self._y), residual.norm()]).tolist()
         self.beta, self._beta_old = self._root(squared), 1.0
         self.phi = self.beta
         # From the norm of the residual to the norm in which phi is measured.
         self.scale = self.beta / norm if norm > 0 else 1.0
         if self.iteration == 0:
-            check_range(self._A, self.products, residual.dtype, self.scale)
+            self.system.check_range(self.scale)
         self._root(squared, is_zero=norm == 0)
         self._cs, self._sn, self._dbar, self._epsilon = -1.0, 0.0, 0.0, 0.0
         self._w = self._w_old = torch.zeros_like(self.x)
@@ -240,18 +204,18 @@ class _Recurrence:
     def extend(self) -> None:
         """One Lanczos step: one product, and the entries of the next column of the triangular factor."""
         self._v = self._y / self.beta
-        y = Av = self._multiply(self._v)
+        y = Av = self.system.multiply(self._v)
         y = y - (self.beta / self._beta_old) * self._r_old
         alpha = self._v.dot(y)
         y = y - (alpha / self.beta) * self._r
         self._r_old, self._r = self._r, y
-        self._y = y if self._M is None else self._M @ y
+        self._y = self.system.precondition(y)
         numbers = torch.stack([alpha, y.dot(self._y), Av.norm(), self._v.norm()])
         self.alpha, squared, length, own_length = numbers.tolist()
         size = length / own_length if own_length > 0 else 0.0
         if self.iteration == 0:
-            check_range(self._A, self.products, y.dtype, size)
-        self._size = max(self._size, size)
+            self.system.check_range(size)
+        self.system.size = max(self.system.size, size)
         self._beta_old, self.beta = self.beta, self._root(squared)
         self._norm = max(self._norm, math.hypot(self.alpha, self.beta))
         self.delta = self._cs * self._dbar + self._sn * self.alpha
@@ -267,37 +231,25 @@ class _Recurrence:
 
         Closer the recurrence does not come before the iterates of an inconsistent system grow beyond bounds.
         """
-        eps = torch.finfo(self._b.dtype).eps
-        return math.hypot(self.gamma_bar, self._next_dbar) <= math.sqrt(eps) * self._norm
-
-    def is_stationary_at(self, point: _Verified) -> bool:
-        """The same with the true residual, ten times as loose, in the Euclidean norm: one product."""
-        Ar, limit = self._multiply(point.residual), 10 * math.sqrt(torch.finfo(self._b.dtype).eps)
-        return float(Ar.norm()) <= limit * self._size * point.norm
+        return math.hypot(self.gamma_bar, self._next_dbar) <= math.sqrt(self.system.eps) * self._norm
 
     def is_closed(self) -> bool:
         """Whether the Krylov space is whole: nothing is further on."""
-        return self.beta <= torch.finfo(self._b.dtype).eps * self._norm
-
-    def is_at_rounding(self, point: _Verified, times: float = 10) -> bool:
-        """Whether the residual is that of a solution which is exact but for so many times its rounding."""
-        rounding = times * torch.finfo(self._b.dtype).eps
-        return point.norm <= rounding * self._size * float(point.x.norm())
-
-    def is_better(self, point: _Verified, other: _Verified) -> bool:
-        """Whether the residual is less to a degree that says that there is no least one yet."""
-        factor = GOES_ON_AT_ROUNDING if self.is_at_rounding(point, 1) else GOES_ON
-        return point.norm < factor * other.norm
+        return self.beta <= self.system.eps * self._norm
 
     def agrees(self, point: _Verified) -> bool:
         """Whether the true residual is the recurrence's, to a tenth."""
-        z = point.residual if self._M is None else self._M @ point.residual
+        z = self.system.precondition(point.residual)
         return float(point.residual.dot(z).clamp(min=0).sqrt()) <= 1.1 * self.phi
+
+    def doubt(self, best: _Verified) -> None:
+        """Go on where a residual seems to be the least one: or the system is ill-conditioned."""
+        self.doubted = best
+        self.advance()
 
     def advance(self) -> None:
         """Rotate, and step to the iterate of least residual."""
-        eps = torch.finfo(self._b.dtype).eps
-        gamma = max(math.hypot(self.gamma_bar, self.beta), eps * self._norm)
+        gamma = max(math.hypot(self.gamma_bar, self.beta), self.system.eps * self._norm)
         cs, sn = self.gamma_bar / gamma, self.beta / gamma
         w = (self._v - self._epsilon * self._w_old - self.delta * self._w) / gamma
         self.x = self.x + (cs * self.phi) * w
@@ -309,10 +261,78 @@ class _Recurrence:
         self._cs, self._sn = cs, sn
         self.iteration += 1
 
-    def measure(self) -> _Verified:
-        """The present iterate with its true residual: one product."""
-        x = self.x.to(self._b)
-        Ax = self._multiply(x)
+
+class _Verified(NamedTuple):
+    """An iterate with its true residual."""
+
+    x: Tensor
+    residual: Tensor
+    norm: float
+    quadratic: float
+
+
+class _System:
+    """What is solved, and what true residuals say about it; counts its products.
+
+    Attributes:
+        M: The preconditioner, as long as it is of use.
+        size: Largest ``norm(A v) / norm(v)`` that the iteration has seen.
+    """
+
+    def __init__(self, A: Any, b: Tensor, M: Any) -> None:
+        self._A, self._b, self.M = A, b, M
+        self.products, self.size = 0, 0.0
+        self.eps = torch.finfo(b.dtype).eps
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """``A v``."""
+        self.products += 1
+        product: Tensor = self._A @ v
+        return product
+
+    def precondition(self, r: Tensor) -> Tensor:
+        """``M r``."""
+        return r if self.M is None else self.M @ r
+
+    def widened(self, x: Tensor) -> Tensor:
+        """In double precision, where there is one.
+
+        Rounding in the recurrence of w counts with the square of the condition number (Sleijpen, van der
+        Vorst and Modersitzki 2000, Differences in the effects of rounding errors in Krylov solvers).
+        """
+        return x if x.device.type == "mps" else x.double()
+
+    def check_range(self, size: float) -> None:
+        """Raise where a number of this size leaves the range of the dtype."""
+        check_range(self._A, self.products, self._b.dtype, size)
+
+    def start(self, x0: Tensor | None) -> _Verified:
+        """The first point: one product, none at zero."""
+        if x0 is not None:
+            return self.measure(x0)
+        return _Verified(self._b.new_zeros(self._b.shape), self._b, float(self._b.norm()), 0.0)
+
+    def measure(self, x: Tensor) -> _Verified:
+        """An iterate with its true residual: one product."""
+        x = x.to(self._b)
+        Ax = self.multiply(x)
         residual = self._b - Ax
         norm, quadratic = torch.stack([residual.norm(), x.dot(Ax)]).tolist()
         return _Verified(x, residual, norm, quadratic)
+
+    def is_stationary_at(self, point: _Verified) -> bool:
+        """Whether ``norm(A r)`` is small as in ``_Recurrence.is_stationary``, but with the true residual.
+
+        Ten times as loose, in the Euclidean norm: one product.
+        """
+        limit = 10 * math.sqrt(self.eps) * self.size * point.norm
+        return float(self.multiply(point.residual).norm()) <= limit
+
+    def is_at_rounding(self, point: _Verified, times: float = 10) -> bool:
+        """Whether the residual is that of a solution which is exact but for so many times its rounding."""
+        return point.norm <= times * self.eps * self.size * float(point.x.norm())
+
+    def is_better(self, point: _Verified, other: _Verified) -> bool:
+        """Whether the residual is less to a degree that says that there is no least one yet."""
+        factor = GOES_ON_AT_ROUNDING if self.is_at_rounding(point, 1) else GOES_ON
+        return point.norm < factor * other.norm

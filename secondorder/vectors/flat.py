@@ -16,7 +16,7 @@ from torch import Tensor
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate ``tensors`` in order into one vector of shape ``(n,)``; a copy."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return torch.cat([tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors])
 
 
 def is_finite(vector: Tensor) -> bool:
@@ -25,13 +25,38 @@ def is_finite(vector: Tensor) -> bool:
     return math.isfinite(float(vector.sum())) or bool(vector.isfinite().all())
 
 
+class Layout:
+    """How some tensors lie in their flat vector, read once and used for many.
+
+    Args:
+        like: Tensors, of which the shapes count.
+
+    Attributes:
+        size: ``n``, of the flat vector.
+    """
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._shapes = [tensor.shape for tensor in like]
+        self._sizes = [tensor.numel() for tensor in like]
+        self.size = sum(self._sizes)
+
+    def unflatten(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Views of ``vector``, shape ``(n,)``, with these shapes, in order; the dtype stays its own."""
+        parts = zip(torch.split_with_sizes(vector, self._sizes), self._shapes, strict=True)
+        return tuple([part if len(shape) == 1 else part.view(shape) for part, shape in parts])
+
+    def unflatten_rows(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """Views of ``matrix``, shape ``(k, n)``, with shapes ``(k, *shape_i)``, in order."""
+        parts = zip(torch.split_with_sizes(matrix, self._sizes, 1), self._shapes, strict=True)
+        return tuple([part.reshape(matrix.shape[0], *shape) for part, shape in parts])
+
+
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Views of ``vector``, shape ``(n,)``, with the shapes of ``like``, in order.
 
     The dtype stays that of ``vector``.
     """
-    parts = vector.split([tensor.numel() for tensor in like])
-    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True))
+    return Layout(like).unflatten(vector)
 
 
 def flatten_rows(tensors: Sequence[Tensor]) -> Tensor:
@@ -41,10 +66,7 @@ def flatten_rows(tensors: Sequence[Tensor]) -> Tensor:
 
 def unflatten_rows(matrix: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Views of ``matrix``, shape ``(k, n)``, with shapes ``(k, *shape_i)``, in order."""
-    parts = matrix.split([tensor.numel() for tensor in like], dim=1)
-    return tuple(
-        part.reshape(matrix.shape[0], *tensor.shape) for part, tensor in zip(parts, like, strict=True)
-    )
+    return Layout(like).unflatten_rows(matrix)
 
 
 _REMEDIES = {

@@ -125,3 +125,20 @@ def test_a_checkpoint_is_noticed(can_read_hooks, monkeypatch):
         function(x)
     function(x)
     assert seen == [True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_products_are_those_of_autograd(is_renamed, monkeypatch):
+    """By the engine itself, where torch still has it by that name and nobody watches."""
+    if is_renamed:
+        monkeypatch.setattr(compat, "_run_backward", None)
+    w, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    outputs, v = (w.exp() * torch.arange(3.0),), (torch.tensor([1.0, 2.0, 3.0]),)
+    for _ in range(2):
+        product, nothing = compat.grad_of_fitting(outputs, (w, unused), v)
+        assert torch.equal(product, torch.autograd.grad(outputs, w, v, retain_graph=True)[0])
+        assert nothing is None
+        assert w.grad is None
+    with Seen() as mode:
+        compat.grad_of_fitting(outputs, (w,), v)
+    assert mode.calls == [torch.autograd.grad]
