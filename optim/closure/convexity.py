@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from optim.closure import losses as known
+from optim.closure.edges import Edge, edge_of, kind, shape, size
 from optim.closure.losses import CHANGED, MAX_ROUNDS, Coverage, RecordedLoss, reached
+from optim.closure.penalties import is_of_parameters, leaves_of
 from optim.closure.semidefinite import OutputHessian, is_semidefinite
-from optim.closure.terms import Edge, Terms, edge_of, kind, shape, size
+from optim.closure.terms import Terms, weights
 from secondorder import Block
 from secondorder.autodiff.backward import pull
 from secondorder.autodiff.graph import Place, WrongDerivativeError, refuse_wrong
@@ -116,7 +118,7 @@ class Proof:
         """
         refuse_wrong(self._roots, self._parameters)
         used, others = self._known(losses)
-        alone = [edge for edge in others if self._terms.is_of_parameters(edge)]
+        alone = [edge for edge in others if is_of_parameters(self._terms, edge)]
         groups: dict[Edge, list[Edge]] = {}
         for edge in others:
             if edge not in alone:
@@ -151,15 +153,15 @@ class Proof:
         """
         stops = {edge_of(output) for output in outputs}
         others = self._split(stops)[1]
-        past = [edge for edge in others if self._terms.leaves_of(edge, stops)]
-        if not all(self._terms.is_of_parameters(edge, stops) for edge in past):
+        past = [edge for edge in others if leaves_of(self._terms, edge, stops)]
+        if not all(is_of_parameters(self._terms, edge, stops) for edge in past):
             raise UnprovedError("more than parameters enters past the outputs")
         return Coverage((*blocks, *self._own(past)), "explicit outputs", has_own_terms=bool(past))
 
     def _split(self, stops: Collection[Edge] = ()) -> tuple[list[Edge], list[Edge]]:
         """Stops and other terms, of which the weights are noted."""
         met, others = self._terms.split([edge_of(root) for root in self._roots], stops)
-        self._weights = self._terms.weights(self._roots, self._root_gradients, [*met, *others])
+        self._weights = weights(self._roots, self._root_gradients, [*met, *others])
         return met, others
 
     def _known(self, losses: Sequence[RecordedLoss]) -> tuple[list[RecordedLoss], list[Edge]]:
@@ -183,14 +185,14 @@ class Proof:
     def _has_outputs(self, recorded: RecordedLoss) -> bool:
         """Whether a known loss is one of more than parameters as they are: a square of these is a penalty."""
         outputs = edge_of(recorded.outputs)
-        is_penalty = self._terms.is_of_parameters(outputs) and not self._terms.split([outputs])[1]
+        is_penalty = is_of_parameters(self._terms, outputs) and not self._terms.split([outputs])[1]
         return not (recorded.is_elementary and is_penalty)
 
     def _own(self, edges: Sequence[Edge]) -> list[GradientBlock]:
         """The block of terms of parameters alone: these are its outputs, its matrix is the Hessian."""
         if not edges:
             return []
-        found = {leaf for edge in edges for leaf in self._terms.leaves_of(edge)}
+        found = {leaf for edge in edges for leaf in leaves_of(self._terms, edge)}
         leaves = tuple(parameter for parameter in self._parameters if parameter in found)
         ends, weights = [GradientEdge(*edge) for edge in edges], [self._weights[edge] for edge in edges]
         return [GradientBlock(torch.autograd.grad(ends, leaves, weights, create_graph=True), leaves)]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.closure.terms import edge_of
+from optim.closure.edges import edge_of
 from secondorder import Block
 from secondorder.autodiff import graph
 from secondorder.operators.curvature import GradientBlock
