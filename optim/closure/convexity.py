@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from optim.closure import losses as known
-from optim.closure.edges import Edge, edge_of, kind, shape, size
-from optim.closure.losses import CHANGED, MAX_ROUNDS, Coverage, RecordedLoss, reached
+from optim.closure import coverage as known
+from optim.closure.coverage import CHANGED, MAX_ROUNDS, Coverage
+from optim.closure.edges import Edge, edge_of, kind, reached, shape, size
+from optim.closure.losses import RecordedLoss
 from optim.closure.penalties import is_of_parameters, leaves_of
 from optim.closure.semidefinite import OutputHessian, is_semidefinite
 from optim.closure.terms import Terms, weights

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from optim.closure.accumulation import Marks, marks, were_thrown_away
-from optim.closure.losses import reached
+from optim.closure.edges import reached
 from optim.closure.modes import BACKWARD, Pass, is_grad_scaling, without_graph
 from secondorder.autodiff.guard import RandomState, written
 
