@@ -1,4 +1,4 @@
-"""Whether the known losses cover an objective: the blocks of its Gauss-Newton matrix, or why there is none."""
+"""Whether known losses cover an objective: the blocks of its Gauss-Newton matrix, or why there is none."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from optim.closure.accumulation import Accumulation, marks, were_written
-from optim.closure.convexity import cover, explicit
 from optim.closure.coverage import Coverage
 from optim.closure.edges import refuse_reentrant_checkpoint
 from optim.closure.modes import Again, Record, Value, Weighted
+from optim.closure.proof import cover, explicit
 from optim.closure.returned import finite, number, root_of, split
 from optim.closure.setting import evaluating, grads_put_aside, without_hooks
 from secondorder.autodiff import graph
