@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from optim.closure.accumulation import Accumulation
 from optim.closure.evaluate import Closure, ClosureEvaluator, Evaluation
 from optim.closure.modes import Record
+from optim.closure.nodes import Node, Passes, tensors_of
 from optim.closure.returned import finite, root_of
 from optim.closure.setting import evaluating, grads_put_aside
-from optim.closure.tape import Node, Tape, tensors_of
+from optim.closure.tape import Tape
 from secondorder.autodiff.guard import RandomState, WriteGuard, is_transformed
 
 # Losses, and gradients, that differ by more than this, relative, are not the same; and gradients where parts
@@ -71,8 +72,8 @@ class Replay:
             return
         leaves, spec = pytree.tree_flatten((args, kwargs))
         call = _Call(self, [(module, module.training) for module in model.modules()])
-        setting = self.tape.setting(random if random.has_moved() else None)
-        node = Node(call, [self.tape.leaf(leaf) for leaf in leaves], spec, setting, self.tape.epoch)
+        kept = [self.tape.leaf(leaf) for leaf in leaves]
+        node = Node(call, kept, spec, self.tape.setting(random), self.tape.epoch)
         node.is_call = True
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.tape.record(node, results, [*given, *model.parameters(), *model.buffers()])
@@ -135,9 +136,9 @@ class ReplayEvaluator(ClosureEvaluator):
     """Runs again what a tape has, in place of a closure.
 
     Args:
-        tape: With at least one root.
+        passes: Those of the tape, with at least one root.
         closure: What ``step`` was given. Where it returns None without calling ``backward``, as Lightning's
-            does in manual optimization, the tape is run; else the closure is what counts.
+            does in manual optimization, they are done again; else the closure is what counts.
         parameters: The parameters that the optimizer moves.
         sign: -1 where the loss is to be maximised.
         accumulation: Counts the backward passes that ``.grad`` holds before the closure runs.
@@ -145,14 +146,14 @@ class ReplayEvaluator(ClosureEvaluator):
 
     def __init__(
         self,
-        tape: Tape,
+        passes: Passes,
         closure: Closure | None,
         parameters: Sequence[Tensor],
         sign: int,
         accumulation: Accumulation,
     ) -> None:
-        super().__init__(closure or tape.run, parameters, sign, accumulation)
-        self._tape, self._is_given = tape, closure is not None
+        super().__init__(closure or passes.run, parameters, sign, accumulation)
+        self._passes, self._is_given = passes, closure is not None
 
     def record(self) -> Evaluation:
         """Run, leaving ``.grad`` as it is: the user has filled it.
@@ -164,8 +165,8 @@ class ReplayEvaluator(ClosureEvaluator):
             returned, mode, has_filled = self._run_for_real(self._closure)
             if returned is not None or mode.roots:
                 return self._evaluation_of(returned, mode, has_filled)
-            self._closure = self._tape.run
-        gradient, gap = self._gradient(), self._tape.changed()
+            self._closure = self._passes.run
+        gradient, gap = self._gradient(), self._passes.changed()
         with grads_put_aside(self._parameters), WriteGuard() as guard:
             mode = Record(self._parameters, guard, self._random)
             # Each call has its own random numbers.
@@ -174,17 +175,17 @@ class ReplayEvaluator(ClosureEvaluator):
             value, root = finite(loss), root_of(loss)
             self._fill_grads(root[0])
             partial, scale = _compare(gradient, self._gradient(), ROUGH if self._is_rough() else AGREEMENT)
-        before = self._tape.value()
+        before = self._passes.value()
         if abs(value - before) > AGREEMENT * max(abs(value), abs(before)):
             gap = gap or f"the loss was {before:.6g} and is {value:.6g} when it is computed again"
         return self._evaluation(mode, loss, value, [root], gradient, (), gap or partial, scale)
 
     def repeated(self, objective: Tensor) -> float | None:
         """As of a closure; what is run again instead of one was compared with the first run already."""
-        return None if self._closure == self._tape.run else super().repeated(objective)
+        return None if self._closure == self._passes.run else super().repeated(objective)
 
     def _is_rough(self) -> bool:
-        return self._parameters[0].dtype.itemsize < 4 or self._tape.is_rough()
+        return self._parameters[0].dtype.itemsize < 4 or self._passes.is_rough()
 
 
 def _compare(gradient: Tensor, again: Tensor, tolerance: float) -> tuple[str, float]:

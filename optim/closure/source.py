@@ -44,7 +44,7 @@ class Source:
                 f" {type(closure).__name__}; the closure of torch.optim.LBFGS works as it is."
             )
         if self.replay is not None and self.has_seen():
-            return ReplayEvaluator(self.replay.tape, closure, parameters, sign, self._accumulation)
+            return ReplayEvaluator(self.replay.tape.passes, closure, parameters, sign, self._accumulation)
         if closure is not None:
             return ClosureEvaluator(closure, parameters, sign, self._accumulation)
         name = self._name
@@ -62,7 +62,7 @@ class Source:
 
     def has_seen(self) -> bool:
         """Whether there was a backward pass through the model since the last step."""
-        return self.replay is not None and bool(self.replay.tape.roots)
+        return self.replay is not None and bool(self.replay.tape.passes.roots)
 
     def suspended(self) -> contextlib.AbstractContextManager[None]:
         """What the model does inside is not recorded."""

@@ -467,7 +467,7 @@ def test_a_validation_with_gradients_is_not_kept():
     del x
     gc.collect()
     assert inputs() is None
-    assert not optimizer._source.replay.tape.roots
+    assert not optimizer._source.replay.tape.passes.roots
 
 
 def test_the_hooks_go_with_the_optimizer():
