@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,10 +62,42 @@ def reached(roots: Sequence[Tensor], stops: Sequence[Tensor], wanted: Sequence[T
     return found
 
 
-def refuse_reentrant_checkpoint(roots: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where a reentrant checkpoint hides a part of the graph from second derivatives."""
-    if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes(roots)):
-        raise RuntimeError(
-            "a reentrant checkpoint hides the graph from second derivatives; call"
-            " torch.utils.checkpoint.checkpoint with use_reentrant=False."
-        )
+class Behind(NamedTuple):
+    """What lies behind some tensors.
+
+    Attributes:
+        leaves: Those whose ``.grad`` a backward pass adds to.
+        first: Number of the node that was made first.
+    """
+
+    leaves: list[Tensor]
+    first: float
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Behind:
+        """Walk the graph, once.
+
+        Raises:
+            RuntimeError: a reentrant checkpoint hides a part of it from second derivatives.
+        """
+        leaves: list[Tensor] = []
+        first = math.inf
+        node: Any
+        for node in graph.nodes(tensors):
+            first = min(first, node._sequence_nr())
+            name = node.name()
+            if "AccumulateGrad" in name:
+                leaves.append(node.variable)
+            elif name == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "a reentrant checkpoint hides the graph from second derivatives; call"
+                    " torch.utils.checkpoint.checkpoint with use_reentrant=False."
+                )
+        return cls(leaves, first)
+
+
+def leaves_by_nodes_of(old: Tensor, tensors: Sequence[Tensor]) -> set[int]:
+    """Ids of the leaves from which nodes are made that lie behind ``tensors`` and behind ``old``."""
+    before = set(graph.nodes([old]))
+    shared = [node for node in graph.nodes(tensors) if node in before]
+    return {id(getattr(other, "variable", None)) for node in shared for other, _ in node.next_functions}

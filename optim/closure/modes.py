@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away
+from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away, were_written
+from optim.closure.gradients import Grads
 from optim.closure.losses import LossLog
 from secondorder.autodiff.compat import dispatch_backward, in_checkpoint
 from secondorder.autodiff.decompose import CUDNN, DETERMINANTS, WITHOUT_SECOND_DERIVATIVE
@@ -97,7 +98,13 @@ class Record(TorchFunctionMode):
         self._guard = guard
         self._accumulation = accumulation
         self._random = random
+        self._start = marks(parameters)
+        # After the last backward pass.
         self._marks: Marks = []
+
+    def filled_from(self) -> Weighted:
+        """What the closure filled ``.grad`` from: by ``backward``, or with what ``autograd.grad`` gave."""
+        return self.roots or (self.differentiated if were_written(self._parameters, self._start) else [])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = without_graph(func, args), kwargs or {}
@@ -169,7 +176,7 @@ class Value(TorchFunctionMode):
 
     Args:
         guard: Undoes writes.
-        gradients: For each parameter what ``.grad`` holds after a backward that was swallowed.
+        gradients: What ``.grad`` holds after a backward that was swallowed.
         differentiates: The closure differentiates itself: gradients stay as it wants them.
         random: Notes the generators that are used.
     """
@@ -177,7 +184,7 @@ class Value(TorchFunctionMode):
     def __init__(
         self,
         guard: WriteGuard,
-        gradients: dict[Tensor, Tensor | None],
+        gradients: Grads,
         differentiates: bool,
         random: RandomState,
     ) -> None:
@@ -198,7 +205,7 @@ class Value(TorchFunctionMode):
 
     def _fill_grads(self) -> None:
         """The recorded gradient, for a closure that reads or clips it; a copy that it may write to."""
-        for parameter, gradient in self._gradients.items():
+        for parameter, gradient in self._gradients:
             if gradient is not None:
                 parameter.grad = self._guard.adopt(gradient.clone())
 
@@ -210,9 +217,7 @@ class Again(Value):
         roots: Tensors on which ``backward`` or ``torch.autograd.grad`` was called.
     """
 
-    def __init__(
-        self, guard: WriteGuard, gradients: dict[Tensor, Tensor | None], random: RandomState
-    ) -> None:
+    def __init__(self, guard: WriteGuard, gradients: Grads, random: RandomState) -> None:
         super().__init__(guard, gradients, True, random)
         self.roots: list[Tensor] = []
 

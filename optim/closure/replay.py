@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from optim.closure import gradients
 from optim.closure.accumulation import Accumulation
-from optim.closure.evaluate import Closure, ClosureEvaluator, Evaluation
+from optim.closure.evaluate import Asked, ClosureEvaluator, Evaluation
 from optim.closure.modes import Record
 from optim.closure.nodes import Node, Passes, tensors_of
 from optim.closure.returned import finite, root_of
-from optim.closure.setting import evaluating, grads_put_aside
+from optim.closure.runs import Closure
+from optim.closure.setting import evaluating
 from optim.closure.tape import Tape
 from secondorder.autodiff.guard import RandomState, WriteGuard, is_transformed
 
@@ -161,28 +163,36 @@ class ReplayEvaluator(ClosureEvaluator):
         Raises:
             RuntimeError: the loss is not finite, or has no path to the parameters.
         """
-        if self._is_given:
-            returned, mode, has_filled = self._run_for_real(self._closure)
-            if returned is not None or mode.roots:
-                return self._evaluation_of(returned, mode, has_filled)
-            self._closure = self._passes.run
-        gradient, gap = self._gradient(), self._passes.changed()
-        with grads_put_aside(self._parameters), WriteGuard() as guard:
-            mode = Record(self._parameters, guard, self._random)
+        with torch.enable_grad(), evaluating():
+            if self._is_given:
+                returned, mode = self._runs.for_real()
+                if returned is not None or mode.roots:
+                    return self._evaluated(returned, mode)
+                self._runs.closure = self._passes.run
+            return self._replayed()
+
+    def _replayed(self) -> Evaluation:
+        """Of the passes, done again."""
+        gradient, gap = gradients.flat(self._parameters), self._passes.changed()
+        with gradients.put_aside(self._parameters), WriteGuard() as guard:
+            mode = Record(self._parameters, guard, self._runs.random)
             # Each call has its own random numbers.
-            with self._random.replayed(), torch.enable_grad(), evaluating(), mode:
-                loss = self._closure()
+            with self._runs.random.replayed(), mode:
+                loss = self._passes.run()
             value, root = finite(loss), root_of(loss)
-            self._fill_grads(root[0])
-            partial, scale = _compare(gradient, self._gradient(), ROUGH if self._is_rough() else AGREEMENT)
+            self._note([root], mode)
+            gradients.fill(self._parameters, loss)
+            tolerance = ROUGH if self._is_rough() else AGREEMENT
+            partial, scale = _compare(gradient, gradients.flat(self._parameters), tolerance)
         before = self._passes.value()
         if abs(value - before) > AGREEMENT * max(abs(value), abs(before)):
             gap = gap or f"the loss was {before:.6g} and is {value:.6g} when it is computed again"
-        return self._evaluation(mode, loss, value, [root], gradient, (), gap or partial, scale)
+        asked = Asked(loss, value, [root], (), gap or partial, scale)
+        return self._evaluation(asked, mode, gradient)
 
     def repeated(self, objective: Tensor) -> float | None:
         """As of a closure; what is run again instead of one was compared with the first run already."""
-        return None if self._closure == self._passes.run else super().repeated(objective)
+        return None if self._runs.closure == self._passes.run else super().repeated(objective)
 
     def _is_rough(self) -> bool:
         return self._parameters[0].dtype.itemsize < 4 or self._passes.is_rough()

@@ -1,4 +1,4 @@
-"""What surrounds an evaluation: kernels and caches, parameters held elsewhere, ``.grad`` put aside."""
+"""What surrounds an evaluation: kernels and caches, parameters held elsewhere, hooks."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def trial(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
             parameter.data = parameter.data + part.to(parameter.dtype)
         yield
     finally:
-        surely(lambda: _each(parameters, originals, "data"))
+        surely(lambda: _set_data(parameters, originals))
 
 
-def _each(parameters: Sequence[Tensor], values: Sequence[Tensor | None], name: str) -> None:
+def _set_data(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
-        setattr(parameter, name, value)
+        parameter.data = value
 
 
 @contextlib.contextmanager
@@ -93,15 +93,3 @@ def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter, registered in hooks:
             parameter._backward_hooks = registered
-
-
-@contextlib.contextmanager
-def grads_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever happens to ``.grad`` inside does not reach the user's."""
-    grads = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        yield
-    finally:
-        surely(lambda: _each(parameters, grads, "grad"))
