@@ -21,6 +21,8 @@ _SUFFIX = re.compile(r"Backward\w*$")
 
 def edge_of(tensor: Tensor) -> Edge:
     """Its place in the graph."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn, tensor.output_nr
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
@@ -47,19 +49,17 @@ def made_from(node: Node) -> Iterator[Node]:
 
 def reached(roots: Sequence[Tensor], stops: Sequence[Tensor], wanted: Sequence[Tensor]) -> set[int]:
     """Positions of the ``wanted`` tensors that the graph of ``roots`` reaches without passing a stop."""
-    positions = {edge_of(tensor): position for position, tensor in enumerate(wanted)}
-    seen = {edge_of(tensor) for tensor in stops}
-    stack = [edge for edge in map(edge_of, roots) if edge not in seen]
-    found: set[int] = set()
+    passed = set(map(edge_of, stops))
+    stack = list(set(map(edge_of, roots)) - passed)
+    seen = passed.union(stack)
     while stack:
-        edge = stack.pop()
-        if edge in seen:
-            continue
-        seen.add(edge)
-        if edge in positions:
-            found.add(positions[edge])
-        stack.extend(following for following in edge[0].next_functions if following[0] is not None)
-    return found
+        following = {edge for edge in stack.pop()[0].next_functions if edge[0] is not None} - seen
+        seen |= following
+        stack += following
+    seen -= passed
+    # Of a leaf the node is made anew where nothing holds it, which takes longer than the walk.
+    leaves = {id(getattr(node, "variable", None)) for node, _ in seen}
+    return {i for i, x in enumerate(wanted) if (id(x) in leaves if x.is_leaf else edge_of(x) in seen)}
 
 
 class Behind(NamedTuple):

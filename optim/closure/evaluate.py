@@ -140,7 +140,8 @@ class ClosureEvaluator:
             )
         tensors = [root for root, _ in asked.roots]
         weights = [self._sign * asked.scale * weight for _, weight in asked.roots]
-        terms = [(root * weight).sum() for root, weight in zip(tensors, weights, strict=True)]
+        products = [root * weight for root, weight in zip(tensors, weights, strict=True)]
+        terms = [product.sum() if product.ndim else product for product in products]
         objective = sum(terms[1:], start=terms[0])
         if asked.outputs:
             coverage = explicit(objective, asked.outputs, self._parameters)

@@ -52,7 +52,7 @@ _SQUASHING: dict[Callable[..., Any], str] = {
 # Tensors among their arguments that must be constants, and the weights that must not be negative.
 _CONSTANTS = ("target", "weight", "pos_weight")
 _WEIGHTS = ("weight", "pos_weight")
-_SIGNATURES = {func: inspect.signature(func) for func in (*_CONVEX, *_FUSED)}
+_NAMES = {func: tuple(inspect.signature(func).parameters) for func in (*_CONVEX, *_FUSED)}
 
 # Elementary functions of which hand-written losses are made, and the sign with which they are convex.
 _ELEMENTARY: dict[Callable[..., Any], tuple[str, int]] = {
@@ -70,6 +70,12 @@ _EUCLIDEAN = (None, 2, "fro")
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, torch.dot, Tensor.dot, torch.inner, Tensor.inner}
 _VECTOR_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
+
+# All that matters here; what else a closure calls costs one look.
+_NOTED = {
+    *(*_CONVEX, *_FUSED, *_SQUASHING, *_ELEMENTARY),
+    *(*_NORMS, *_PRODUCTS, *_VECTOR_PRODUCTS, *_POWERS, torch.einsum),
+}
 
 
 class RecordedLoss(NamedTuple):
@@ -100,6 +106,8 @@ class LossLog:
 
     def see(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
         """Note a call if it is one that matters; returns what the closure should see as its result."""
+        if func not in _NOTED:
+            return result
         elementary = _elementary(func, args, kwargs)
         inner = "norm" if func in _NORMS and _is_euclidean(args, kwargs) else _SQUASHING.get(func)
         if not (func in _CONVEX or func in _FUSED or inner or elementary):
@@ -127,7 +135,7 @@ class LossLog:
             if outputs is None:
                 return result
             name = f"{needed} + {name}"
-        if not _is_convex(func, _SIGNATURES[func].bind(*args, **kwargs).arguments):
+        if not _is_convex(func, {**dict(zip(_NAMES[func], args, strict=False)), **kwargs}):
             return result
         self.losses.append(RecordedLoss(name, result, outputs, outputs._version))
         # A copy, so that `loss += penalty` in the closure does not change what was noted.

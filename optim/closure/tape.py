@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from optim.closure.accumulation import Marks, marks, were_thrown_away
 from optim.closure.edges import reached
-from optim.closure.modes import BACKWARD, Pass, is_grad_scaling, without_graph
+from optim.closure.modes import BACKWARD, MADE, Pass, is_grad_scaling, without_graph
 from optim.closure.nodes import (
     Constant,
     Node,
@@ -119,10 +119,6 @@ class Tape:
         self.epoch += 1
 
 
-# Of the properties of a tensor those that are tensors made from it.
-_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data"}
-
-
 class Watched(Tensor):
     """A tensor whose operations are recorded; it behaves, prints and pickles as a plain one.
 
@@ -173,7 +169,7 @@ def _recorded(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in BACKWARD:
         return _backward(func, args, kwargs, tapes)
     is_getter = getattr(func, "__name__", "") == "__get__"
-    if not tapes or (is_getter and func.__self__.__name__ not in _PROPERTIES):
+    if not tapes or (is_getter and func.__self__.__name__ not in MADE):
         return func(*args, **kwargs)
     # Where the loss is scaled for its backward pass, the gradients are unscaled before the step.
     is_scaling = is_grad_scaling(func)
