@@ -114,7 +114,11 @@ def _weighted(
 
 def _has_fitting_weight(recorded: RecordedLoss, weight: Tensor) -> bool:
     """Whether the loss enters linearly, and convex."""
-    return not (recorded.is_elementary and weight.requires_grad) and bool((recorded.sign * weight >= 0).all())
+    if recorded.is_elementary and weight.requires_grad:
+        return False
+    if weight.numel() == 1:
+        return recorded.sign * float(weight.detach()) >= 0
+    return bool((recorded.sign * weight >= 0).all())
 
 
 def explicit(objective: Tensor, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Coverage:

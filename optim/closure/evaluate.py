@@ -139,7 +139,8 @@ class ClosureEvaluator:
                 " look for the operation with torch.autograd.set_detect_anomaly(True)."
             )
         tensors = [root for root, _ in asked.roots]
-        weights = [self._sign * asked.scale * weight for _, weight in asked.roots]
+        factor = self._sign * asked.scale
+        weights = [weight if factor == 1 else factor * weight for _, weight in asked.roots]
         products = [root * weight for root, weight in zip(tensors, weights, strict=True)]
         terms = [product.sum() if product.ndim else product for product in products]
         objective = sum(terms[1:], start=terms[0])
