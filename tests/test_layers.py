@@ -55,6 +55,7 @@ ORDER = [
     "optim.closure.modes",
     "optim.closure.runs",
     "optim.closure.evaluate",
+    "optim.closure.rounding",
     "optim.closure.nodes",
     "optim.closure.tape",
     "optim.closure.watch",

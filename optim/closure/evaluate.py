@@ -18,6 +18,7 @@ from optim.closure import gradients
 from optim.closure.accumulation import Accumulation
 from optim.closure.coverage import Coverage
 from optim.closure.edges import Behind, leaves_by_nodes_of
+from optim.closure.losses import RecordedLoss
 from optim.closure.modes import Again, Record, Value, Weighted
 from optim.closure.proof import cover, explicit
 from optim.closure.returned import finite, number, root_of, split
@@ -38,6 +39,7 @@ class Evaluation(NamedTuple):
         coverage: Blocks of the Gauss-Newton matrix, or why there are none.
         partial: Why the gradient is not that of ``objective`` alone, so that ``value`` says nothing about a
             step along it; empty where it is.
+        losses: The known losses that were called, whether or not they cover the objective.
     """
 
     loss: Tensor
@@ -46,6 +48,7 @@ class Evaluation(NamedTuple):
     gradient: Tensor
     coverage: Coverage
     partial: str = ""
+    losses: Sequence[RecordedLoss] = ()
 
 
 class Asked(NamedTuple):
@@ -151,7 +154,8 @@ class ClosureEvaluator:
         if self._sign < 0:
             gradient = -gradient
         loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
-        return Evaluation(loss, self._sign * asked.value, objective, gradient, coverage, asked.partial)
+        value, losses = self._sign * asked.value, mode.log.losses
+        return Evaluation(loss, value, objective, gradient, coverage, asked.partial, losses)
 
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:

@@ -85,6 +85,8 @@ class RecordedLoss(NamedTuple):
         sign: -1 for a function that is concave.
         is_elementary: A part of a hand-written loss. It may also be a part of the network, and counts as a
             loss only where the objective is linear in it, with weights of its sign.
+        is_sum: Of what the mean is taken otherwise, where it is a number.
+        factors: Weights of classes or samples.
     """
 
     name: str
@@ -93,6 +95,8 @@ class RecordedLoss(NamedTuple):
     version: int
     sign: int = 1
     is_elementary: bool = False
+    is_sum: bool = False
+    factors: tuple[Tensor, ...] = ()
 
 
 class LossLog:
@@ -108,36 +112,42 @@ class LossLog:
         """Note a call if it is one that matters; returns what the closure should see as its result."""
         if func not in _NOTED:
             return result
-        elementary = _elementary(func, args, kwargs)
-        inner = "norm" if func in _NORMS and _is_euclidean(args, kwargs) else _SQUASHING.get(func)
-        if not (func in _CONVEX or func in _FUSED or inner or elementary):
-            return result
         tensors = args[1:] if func is torch.einsum else args
         argument = tensors[0] if tensors else kwargs.get("input")
         if not (isinstance(result, Tensor) and result.requires_grad and isinstance(argument, Tensor)):
             return result
+        inner = "norm" if func in _NORMS and _is_euclidean(args, kwargs) else _SQUASHING.get(func)
         if inner:
             self._inner[id(result)] = (inner, result, argument)
-        if elementary:
-            name, sign = elementary
-            if name == "squares":
-                argument = self._argument_of("norm", argument, argument)
-            self.losses.append(RecordedLoss(name, result, argument, argument._version, sign, True))
-            # A number may be added to in place, which must not change what was noted.
-            return result if result.ndim else result.clone()
-        if inner:
-            return result
-        if func in _CONVEX:
-            name, outputs = _CONVEX[func], argument
-        else:
+        if elementary := _elementary(func, args, kwargs):
+            return self._see_elementary(*elementary, argument, result)
+        if func in _NAMES:
+            arguments = {**dict(zip(_NAMES[func], args, strict=False)), **kwargs}
+            return self._see_loss(func, arguments, argument, result)
+        return result
+
+    def _see_elementary(self, name: str, sign: int, argument: Tensor, result: Tensor) -> Tensor:
+        if name == "squares":
+            argument = self._argument_of("norm", argument, argument)
+        self.losses.append(RecordedLoss(name, result, argument, argument._version, sign, True))
+        # A number may be added to in place, which must not change what was noted.
+        return result if result.ndim else result.clone()
+
+    def _see_loss(self, func: Any, arguments: dict[str, Any], argument: Tensor, result: Tensor) -> Tensor:
+        name, outputs = _CONVEX.get(func, ""), argument
+        if not name:
             needed, name = _FUSED[func]
             outputs = self._argument_of(needed, argument, None)
-            if outputs is None:
-                return result
             name = f"{needed} + {name}"
-        if not _is_convex(func, {**dict(zip(_NAMES[func], args, strict=False)), **kwargs}):
+        if outputs is None or not _is_convex(func, arguments):
             return result
-        self.losses.append(RecordedLoss(name, result, outputs, outputs._version))
+        self.losses.append(
+            RecordedLoss(
+                *(name, result, outputs, outputs._version),
+                is_sum=arguments.get("reduction") == "sum",
+                factors=tuple(arguments[key] for key in _WEIGHTS if isinstance(arguments.get(key), Tensor)),
+            )
+        )
         # A copy, so that `loss += penalty` in the closure does not change what was noted.
         return result.clone()
 
