@@ -57,30 +57,47 @@ def cover(
     live = [recorded for recorded in losses if recorded.outputs.requires_grad]
     if not live:
         return Coverage((), "no known loss was called")
+    used = _used(roots, root_gradients, live)
+    if reason := _gap(roots, used, parameters):
+        return Coverage((), reason)
+    names = dict.fromkeys(recorded.name for recorded, _ in used)
+    return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names))
+
+
+def _used(
+    roots: Sequence[Tensor], root_gradients: Sequence[Tensor], losses: Sequence[RecordedLoss]
+) -> list[tuple[RecordedLoss, Tensor]]:
+    """The losses to take for those of the objective, each with its weight.
+
+    Without elementary functions in which it is not linear, behind which others may be met.
+    """
     for _ in range(MAX_ROUNDS):
-        used = _weighted(roots, root_gradients, _met_first(roots, live))
+        used = _weighted(roots, root_gradients, _met_first(roots, losses))
         inner = [r for r, w in used if r.is_elementary and not _has_fitting_weight(r, w)]
         if not inner:
-            break
-        live = [recorded for recorded in live if all(recorded is not other for other in inner)]
-    else:
-        live = [recorded for recorded in live if not recorded.is_elementary]
-        used = _weighted(roots, root_gradients, live)
+            return used
+        losses = [recorded for recorded in losses if all(recorded is not other for other in inner)]
+    return _weighted(roots, root_gradients, [r for r in losses if not r.is_elementary])
+
+
+def _gap(
+    roots: Sequence[Tensor], used: Sequence[tuple[RecordedLoss, Tensor]], parameters: Sequence[Tensor]
+) -> str:
+    """Why the losses are not all that the objective is; empty where they are."""
     if not used:
-        return Coverage((), "the objective does not depend on a known loss")
+        return "the objective does not depend on a known loss"
     missed = reached(roots, [recorded.loss for recorded, _ in used], parameters)
     for recorded, _ in used:
         missed |= reached([recorded.loss], [recorded.outputs], parameters)
     if missed:
-        return Coverage((), f"{len(missed)} of the parameters also enter the objective outside a known loss")
+        return f"{len(missed)} of the parameters also enter the objective outside a known loss"
     if any(weight.requires_grad for _, weight in used):
-        return Coverage((), "the objective is not linear in the known losses")
+        return "the objective is not linear in the known losses"
     if any(recorded.outputs._version != recorded.version for recorded, _ in used):
-        return Coverage((), CHANGED)
+        return CHANGED
     if not all(_has_fitting_weight(recorded, weight) for recorded, weight in used):
-        return Coverage((), "a known loss enters the objective with a negative weight")
-    names = dict.fromkeys(recorded.name for recorded, _ in used)
-    return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names))
+        return "a known loss enters the objective with a negative weight"
+    return ""
 
 
 def _met_first(roots: Sequence[Tensor], losses: Sequence[RecordedLoss]) -> list[RecordedLoss]:
