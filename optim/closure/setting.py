@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,34 +15,34 @@ from secondorder.autodiff.guard import surely
 from secondorder.vectors.flat import unflatten
 
 
-@contextlib.contextmanager
-def evaluating() -> Iterator[None]:
-    """Attention by its math kernel, compiled code eager, no cast of parameters that moved since.
+class evaluating:  # noqa: N801 - used as a function, like torch.no_grad
+    """Context: attention by its math kernel, compiled code eager, no cast of parameters that moved since.
 
     The other kernels and compiled code have no second derivative. Autocast keeps the casts of leaves until
     its outermost region ends, which may be around the step: they would be those of other values.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(switches.held(*switches.MATH_ATTENTION, switches.NO_COMPILED_CODE))
+
+    def __enter__(self) -> None:
         torch.clear_autocast_cache()
-        stack.callback(torch.clear_autocast_cache)
-        with _naming_higher_order_operators():
-            yield
+        self._held = switches.held(*switches.MATH_ATTENTION, switches.NO_COMPILED_CODE)
+        self._held.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        try:
+            torch.clear_autocast_cache()
+        finally:
+            self._held.__exit__(None, None, None)
+        if isinstance(error, Exception) and _is_of_higher_order(error):
+            raise RuntimeError(
+                "torch.cond and torch's other higher-order operators cannot run in a step, and have no right"
+                " second derivative; write a branch or a loop in Python."
+            ) from error
 
 
-@contextlib.contextmanager
-def _naming_higher_order_operators() -> Iterator[None]:
-    """Say what it is that cannot run here: torch traces their branches by what refuses a function mode."""
-    try:
-        yield
-    except Exception as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        if not any("torch._higher_order_ops" in frame.f_globals.get("__name__", "") for frame, _ in frames):
-            raise
-        raise RuntimeError(
-            "torch.cond and torch's other higher-order operators cannot run in a step, and have no right"
-            " second derivative; write a branch or a loop in Python."
-        ) from error
+def _is_of_higher_order(error: Exception) -> bool:
+    """Whether torch was tracing branches of an operator, by what refuses a function mode."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any("torch._higher_order_ops" in frame.f_globals.get("__name__", "") for frame, _ in frames)
 
 
 @contextlib.contextmanager
