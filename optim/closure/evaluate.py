@@ -25,7 +25,6 @@ from optim.closure.returned import finite, number, root_of, split
 from optim.closure.runs import Closure, Runs
 from optim.closure.setting import evaluating, without_hooks
 from secondorder.autodiff.ladder import MissingDerivativeError
-from secondorder.vectors.flat import is_finite
 
 
 class Evaluation(NamedTuple):
@@ -136,17 +135,11 @@ class ClosureEvaluator:
 
     def _evaluation(self, asked: Asked, mode: Record, gradient: Tensor) -> Evaluation:
         """With objective and coverage of the roots, at curvature ``scale`` times theirs."""
-        if not is_finite(gradient):
-            raise RuntimeError(
-                "the gradient at the current parameters must be finite, got NaN or infinity;"
-                " look for the operation with torch.autograd.set_detect_anomaly(True)."
-            )
+        gradients.check_finite(gradient)
         tensors = [root for root, _ in asked.roots]
         factor = self._sign * asked.scale
         weights = [weight if factor == 1 else factor * weight for _, weight in asked.roots]
-        products = [root * weight for root, weight in zip(tensors, weights, strict=True)]
-        terms = [product.sum() if product.ndim else product for product in products]
-        objective = sum(terms[1:], start=terms[0])
+        objective = _weighted_sum(tensors, weights)
         if asked.outputs:
             coverage = explicit(objective, asked.outputs, self._parameters)
         else:
@@ -211,6 +204,12 @@ class ClosureEvaluator:
                 " the model inside the closure."
             )
         return self._sign * number(loss)
+
+
+def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    products = [tensor * weight for tensor, weight in zip(tensors, weights, strict=True)]
+    terms = [product.sum() if product.ndim else product for product in products]
+    return sum(terms[1:], start=terms[0])
 
 
 def _earlier(passes: int | None) -> tuple[str, float]:

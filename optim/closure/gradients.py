@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff.guard import surely
-from secondorder.vectors.flat import flatten
+from secondorder.vectors.flat import flatten, is_finite
 
 # Tensors, each with what its ``.grad`` held.
 Grads = Sequence[tuple[Tensor, Tensor | None]]
@@ -39,6 +39,15 @@ def flat(parameters: Sequence[Tensor]) -> Tensor:
     pairs = zip(parameters, grads, strict=True)
     gradient = flatten([torch.zeros_like(p) if grad is None else grad for p, grad in pairs])
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+def check_finite(gradient: Tensor) -> None:
+    """Raise RuntimeError where it is not."""
+    if not is_finite(gradient):
+        raise RuntimeError(
+            "the gradient at the current parameters must be finite, got NaN or infinity;"
+            " look for the operation with torch.autograd.set_detect_anomaly(True)."
+        )
 
 
 def write(grads: Grads) -> None:

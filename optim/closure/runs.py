@@ -84,11 +84,13 @@ class Runs:
 
     def again(self, mode: Record | Value, gradients: bool) -> Any:
         """The loss of another run with the random numbers of the recorded one."""
-        with self.random.replayed(), torch.set_grad_enabled(gradients), evaluating(), mode:
+        with self.random.replayed(), torch.set_grad_enabled(gradients), evaluating():
             try:
-                return split(self.closure())[0]
+                with mode:
+                    returned = self.closure()
             except StopIteration as error:
                 raise RuntimeError(
                     "closure must be the same function in all its calls of a step, but an iterator that it"
                     " draws from is exhausted; draw the batch outside of the closure."
                 ) from error
+            return split(returned)[0]
