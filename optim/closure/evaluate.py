@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
         coverage: Blocks of the Gauss-Newton matrix, or why there are none.
         partial: Why the gradient is not that of ``objective`` alone, so that ``value`` says nothing about a
             step along it; empty where it is.
-        losses: The known losses that were called, whether or not they cover the objective.
+        cross_entropies: Those that were called, whether or not they cover the objective.
     """
 
     loss: Tensor
@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
     gradient: Tensor
     coverage: Coverage
     partial: str = ""
-    losses: Sequence[RecordedLoss] = ()
+    cross_entropies: Sequence[RecordedLoss] = ()
 
 
 class Asked(NamedTuple):
@@ -147,8 +147,8 @@ class ClosureEvaluator:
         if self._sign < 0:
             gradient = -gradient
         loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
-        value, losses = self._sign * asked.value, mode.log.losses
-        return Evaluation(loss, value, objective, gradient, coverage, asked.partial, losses)
+        value, entropies = self._sign * asked.value, mode.log.cross_entropies()
+        return Evaluation(loss, value, objective, gradient, coverage, asked.partial, entropies)
 
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:

@@ -71,6 +71,17 @@ _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, torch.dot, Tensor.dot, torch
 _VECTOR_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 
+# Each subtracts a logit from what is near the largest: also where the difference is 1e-15, it rounds at their
+# size. With each, whether a dimension of its outputs holds classes.
+CROSS_ENTROPIES = {
+    "cross_entropy": True,
+    "log_softmax": True,
+    "log_softmax + kl_div": True,
+    "log_softmax + nll_loss": True,
+    "binary_cross_entropy_with_logits": False,
+    "sigmoid + binary_cross_entropy": False,
+}
+
 # All that matters here; what else a closure calls costs one look.
 _NOTED = {
     *(*_CONVEX, *_FUSED, *_SQUASHING, *_ELEMENTARY),
@@ -125,6 +136,10 @@ class LossLog:
             arguments = {**dict(zip(_NAMES[func], args, strict=False)), **kwargs}
             return self._see_loss(func, arguments, argument, result)
         return result
+
+    def cross_entropies(self) -> list[RecordedLoss]:
+        """Those among them, which round at the size of their logits."""
+        return [recorded for recorded in self.losses if recorded.name in CROSS_ENTROPIES]
 
     def _see_elementary(self, name: str, sign: int, argument: Tensor, result: Tensor) -> Tensor:
         if name == "squares":

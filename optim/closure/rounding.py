@@ -6,30 +6,20 @@ import torch
 from torch import Tensor
 
 from optim.closure.evaluate import Evaluation
-from optim.closure.losses import RecordedLoss
-
-# Each subtracts a logit from what is near the largest: also where the difference is 1e-15, it rounds at their
-# size. With each, whether a dimension of its outputs holds classes.
-_CROSS_ENTROPIES = {
-    "cross_entropy": True,
-    "log_softmax": True,
-    "log_softmax + kl_div": True,
-    "log_softmax + nll_loss": True,
-    "binary_cross_entropy_with_logits": False,
-    "sigmoid + binary_cross_entropy": False,
-}
+from optim.closure.losses import CROSS_ENTROPIES, RecordedLoss
 
 
 def rounding(evaluation: Evaluation) -> float:
     """Times ``eps`` about the largest rounding error of the loss, given the network's outputs.
 
     The size of the loss, and that of the logits where cross entropies were called: of each sample's largest,
-    reduced as the loss reduces. In single precision 1 to 400 times the largest of 20 errors.
+    reduced as the loss reduces. In single precision 1 to 400 times the largest of 20 errors; more where a
+    shift is common to the logits of a sample, which most kernels subtract without an error.
 
     Cost: where there are cross entropies, a backward pass to their results and one host read.
     """
     size, objective = abs(evaluation.value), evaluation.objective
-    losses = [r for r in evaluation.losses if r.name in _CROSS_ENTROPIES and r.outputs.numel()]
+    losses = [recorded for recorded in evaluation.cross_entropies if recorded.outputs.numel()]
     if not losses:
         return size
     results = [recorded.loss for recorded in losses]
@@ -41,7 +31,7 @@ def rounding(evaluation: Evaluation) -> float:
 
 def _size(recorded: RecordedLoss, weight: Tensor) -> Tensor:
     """Of the logits of a loss, by its weight in the objective."""
-    logits, has_classes = recorded.outputs.detach(), _CROSS_ENTROPIES[recorded.name]
+    logits, has_classes = recorded.outputs.detach(), CROSS_ENTROPIES[recorded.name]
     rows = logits.shape[0] if logits.ndim > 1 else 1
     sizes = logits.reshape(rows, -1).abs().amax(1)
     sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
