@@ -4,7 +4,7 @@ While a closure runs in record mode every call passes here. A known loss is kept
 ``log_softmax`` followed by ``nll_loss``, or ``sigmoid`` followed by ``binary_cross_entropy``, is seen as
 one loss of the logits: as a loss of the log-probabilities it would be linear, and the Gauss-Newton matrix
 silently zero. Squares, ``log_softmax`` and ``logsigmoid`` of which a loss is written by hand are losses
-too, where the objective is linear in them. Of other losses ``convexity`` looks for a proof.
+too, where the objective is linear in them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from optim.closure.terms import edge_of
-from secondorder import Block
-from secondorder.autodiff import graph
-from secondorder.operators.curvature import GradientBlock
 
 # Convex in their first argument, for constant targets and weights that are not negative.
 _CONVEX: dict[Callable[..., Any], str] = {
@@ -54,15 +49,10 @@ _SQUASHING: dict[Callable[..., Any], str] = {
     Tensor.sigmoid: "sigmoid",
 }
 
-
 # Tensors among their arguments that must be constants, and the weights that must not be negative.
 _CONSTANTS = ("target", "weight", "pos_weight")
 _WEIGHTS = ("weight", "pos_weight")
-_SIGNATURES = {func: inspect.signature(func) for func in (*_CONVEX, *_FUSED)}
-
-
-# Each round looks one layer of elementary functions deeper into the network, for a backward pass.
-MAX_ROUNDS = 3
+_NAMES = {func: tuple(inspect.signature(func).parameters) for func in (*_CONVEX, *_FUSED)}
 
 # Elementary functions of which hand-written losses are made, and the sign with which they are convex.
 _ELEMENTARY: dict[Callable[..., Any], tuple[str, int]] = {
@@ -81,6 +71,23 @@ _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, torch.dot, Tensor.dot, torch
 _VECTOR_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 
+# Each subtracts a logit from what is near the largest: also where the difference is 1e-15, it rounds at their
+# size. With each, whether a dimension of its outputs holds classes.
+CROSS_ENTROPIES = {
+    "cross_entropy": True,
+    "log_softmax": True,
+    "log_softmax + kl_div": True,
+    "log_softmax + nll_loss": True,
+    "binary_cross_entropy_with_logits": False,
+    "sigmoid + binary_cross_entropy": False,
+}
+
+# All that matters here; what else a closure calls costs one look.
+_NOTED = {
+    *(*_CONVEX, *_FUSED, *_SQUASHING, *_ELEMENTARY),
+    *(*_NORMS, *_PRODUCTS, *_VECTOR_PRODUCTS, *_POWERS, torch.einsum),
+}
+
 
 class RecordedLoss(NamedTuple):
     """A call of a known loss: its name, its value, and the outputs it is convex in with their version.
@@ -89,6 +96,8 @@ class RecordedLoss(NamedTuple):
         sign: -1 for a function that is concave.
         is_elementary: A part of a hand-written loss. It may also be a part of the network, and counts as a
             loss only where the objective is linear in it, with weights of its sign.
+        is_sum: Of what the mean is taken otherwise, where it is a number.
+        factors: Weights of classes or samples.
     """
 
     name: str
@@ -97,6 +106,8 @@ class RecordedLoss(NamedTuple):
     version: int
     sign: int = 1
     is_elementary: bool = False
+    is_sum: bool = False
+    factors: tuple[Tensor, ...] = ()
 
 
 class LossLog:
@@ -110,36 +121,48 @@ class LossLog:
 
     def see(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
         """Note a call if it is one that matters; returns what the closure should see as its result."""
-        elementary = _elementary(func, args, kwargs)
-        inner = "norm" if func in _NORMS and _is_euclidean(args, kwargs) else _SQUASHING.get(func)
-        if not (func in _CONVEX or func in _FUSED or inner or elementary):
+        if func not in _NOTED:
             return result
         tensors = args[1:] if func is torch.einsum else args
         argument = tensors[0] if tensors else kwargs.get("input")
         if not (isinstance(result, Tensor) and result.requires_grad and isinstance(argument, Tensor)):
             return result
+        inner = "norm" if func in _NORMS and _is_euclidean(args, kwargs) else _SQUASHING.get(func)
         if inner:
             self._inner[id(result)] = (inner, result, argument)
-        if elementary:
-            name, sign = elementary
-            if name == "squares":
-                argument = self._argument_of("norm", argument, argument)
-            self.losses.append(RecordedLoss(name, result, argument, argument._version, sign, True))
-            # A number may be added to in place, which must not change what was noted.
-            return result if result.ndim else result.clone()
-        if inner:
-            return result
-        if func in _CONVEX:
-            name, outputs = _CONVEX[func], argument
-        else:
+        if elementary := _elementary(func, args, kwargs):
+            return self._see_elementary(*elementary, argument, result)
+        if func in _NAMES:
+            arguments = {**dict(zip(_NAMES[func], args, strict=False)), **kwargs}
+            return self._see_loss(func, arguments, argument, result)
+        return result
+
+    def cross_entropies(self) -> list[RecordedLoss]:
+        """Those among them, which round at the size of their logits."""
+        return [recorded for recorded in self.losses if recorded.name in CROSS_ENTROPIES]
+
+    def _see_elementary(self, name: str, sign: int, argument: Tensor, result: Tensor) -> Tensor:
+        if name == "squares":
+            argument = self._argument_of("norm", argument, argument)
+        self.losses.append(RecordedLoss(name, result, argument, argument._version, sign, True))
+        # A number may be added to in place, which must not change what was noted.
+        return result if result.ndim else result.clone()
+
+    def _see_loss(self, func: Any, arguments: dict[str, Any], argument: Tensor, result: Tensor) -> Tensor:
+        name, outputs = _CONVEX.get(func, ""), argument
+        if not name:
             needed, name = _FUSED[func]
             outputs = self._argument_of(needed, argument, None)
-            if outputs is None:
-                return result
             name = f"{needed} + {name}"
-        if not _is_convex(func, _SIGNATURES[func].bind(*args, **kwargs).arguments):
+        if outputs is None or not _is_convex(func, arguments):
             return result
-        self.losses.append(RecordedLoss(name, result, outputs, outputs._version))
+        self.losses.append(
+            RecordedLoss(
+                *(name, result, outputs, outputs._version),
+                is_sum=arguments.get("reduction") == "sum",
+                factors=tuple(arguments[key] for key in _WEIGHTS if isinstance(arguments.get(key), Tensor)),
+            )
+        )
         # A copy, so that `loss += penalty` in the closure does not change what was noted.
         return result.clone()
 
@@ -180,154 +203,3 @@ def _is_convex(func: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     if func in _NEEDS_SIGN and _NEEDS_SIGN[func](arguments):
         signed.append(arguments["target"])
     return all(bool((tensor >= 0).all()) for tensor in signed)
-
-
-CHANGED = "the outputs were changed in place after the loss was computed"
-
-
-class Coverage(NamedTuple):
-    """The blocks of a Gauss-Newton matrix, or why there is none.
-
-    Attributes:
-        blocks: One for each known loss; empty when the losses do not cover the objective.
-        description: Names of the losses, or the reason why they do not cover it.
-        is_whole: False when the user named outputs past which parameters enter the loss.
-        has_own_terms: Whether a block is the Hessian of terms of parameters alone.
-        prove: Looks further where the losses do not cover the objective, and for these terms.
-    """
-
-    blocks: tuple[Block | GradientBlock, ...]
-    description: str
-    is_whole: bool = True
-    has_own_terms: bool = False
-    prove: Callable[[], Coverage] | None = None
-
-    def proved(self) -> Coverage:
-        """What covers the whole objective, if that can be proved on the graph; else this."""
-        return self if self.prove is None else self.prove()
-
-
-def cover(
-    losses: Sequence[RecordedLoss],
-    roots: Sequence[Tensor],
-    root_gradients: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-) -> Coverage:
-    """The Gauss-Newton blocks of ``sum_i root_gradients_i . roots_i``, proved to be all of it.
-
-    The weight of a loss is the derivative of the objective with respect to it. The proof: no parameter is
-    reached from the roots without passing a loss, nor from a loss without passing its outputs, and the
-    objective is linear in the losses with weights that are not negative. Losses are those that are met first
-    on the way from the roots; elementary functions in which the objective is not linear are no losses.
-    """
-    live = [recorded for recorded in losses if recorded.outputs.requires_grad]
-    if not live:
-        return Coverage((), "no known loss was called")
-    for _ in range(MAX_ROUNDS):
-        used = _weighted(roots, root_gradients, _met_first(roots, live))
-        inner = [r for r, w in used if r.is_elementary and not _has_fitting_weight(r, w)]
-        if not inner:
-            break
-        live = [recorded for recorded in live if all(recorded is not other for other in inner)]
-    else:
-        live = [recorded for recorded in live if not recorded.is_elementary]
-        used = _weighted(roots, root_gradients, live)
-    if not used:
-        return Coverage((), "the objective does not depend on a known loss")
-    missed = reached(roots, [recorded.loss for recorded, _ in used], parameters)
-    for recorded, _ in used:
-        missed |= reached([recorded.loss], [recorded.outputs], parameters)
-    if missed:
-        return Coverage((), f"{len(missed)} of the parameters also enter the objective outside a known loss")
-    if any(weight.requires_grad for _, weight in used):
-        return Coverage((), "the objective is not linear in the known losses")
-    if any(recorded.outputs._version != recorded.version for recorded, _ in used):
-        return Coverage((), CHANGED)
-    if not all(_has_fitting_weight(recorded, weight) for recorded, weight in used):
-        return Coverage((), "a known loss enters the objective with a negative weight")
-    names = dict.fromkeys(recorded.name for recorded, _ in used)
-    return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names))
-
-
-def _met_first(roots: Sequence[Tensor], losses: Sequence[RecordedLoss]) -> list[RecordedLoss]:
-    """The losses that the graph of the roots reaches without passing another."""
-    edges = {edge_of(recorded.loss): index for index, recorded in enumerate(losses)}
-    stack = [edge_of(root) for root in roots]
-    seen, met = set(stack), set()
-    while stack:
-        edge = stack.pop()
-        if edge in edges:
-            met.add(edges[edge])
-            continue
-        for following in edge[0].next_functions:
-            if following[0] is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return [losses[index] for index in sorted(met)]
-
-
-def _weighted(
-    roots: Sequence[Tensor], root_gradients: Sequence[Tensor], losses: Sequence[RecordedLoss]
-) -> list[tuple[RecordedLoss, Tensor]]:
-    """The losses that the objective depends on, each with the derivative with respect to it."""
-    if not losses:
-        return []
-    weights = torch.autograd.grad(
-        roots, [r.loss for r in losses], root_gradients, create_graph=True, allow_unused=True
-    )
-    return [(r, w) for r, w in zip(losses, weights, strict=True) if w is not None]
-
-
-def _has_fitting_weight(recorded: RecordedLoss, weight: Tensor) -> bool:
-    """Whether the loss enters linearly, and convex."""
-    return not (recorded.is_elementary and weight.requires_grad) and bool((recorded.sign * weight >= 0).all())
-
-
-def explicit(objective: Tensor, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Coverage:
-    """The single block of the outputs that the user named.
-
-    Raises:
-        RuntimeError: an output carries no graph, or depends on another output.
-    """
-    for index, output in enumerate(outputs):
-        if not output.requires_grad:
-            raise RuntimeError(
-                "outputs must carry a graph from the parameters, got a detached tensor;"
-                " return the tensor that the loss was computed from."
-            )
-        others = [other for other in outputs if other is not output]
-        if reached([output], [], others):
-            raise RuntimeError(
-                f"outputs must not depend on one another, but outputs[{index}] does;"
-                " return the last ones only."
-            )
-    missed = reached([objective], outputs, parameters)
-    past = f"; {len(missed)} of the parameters also enter the loss past the outputs" if missed else ""
-    block = Block(objective, tuple(outputs), torch.ones_like(objective))
-    return Coverage((block,), "explicit outputs" + past, is_whole=not missed)
-
-
-def reached(roots: Sequence[Tensor], stops: Sequence[Tensor], wanted: Sequence[Tensor]) -> set[int]:
-    """Positions of the ``wanted`` tensors that the graph of ``roots`` reaches without passing a stop."""
-    positions = {edge_of(tensor): position for position, tensor in enumerate(wanted)}
-    seen = {edge_of(tensor) for tensor in stops}
-    stack = [edge for edge in map(edge_of, roots) if edge not in seen]
-    found: set[int] = set()
-    while stack:
-        edge = stack.pop()
-        if edge in seen:
-            continue
-        seen.add(edge)
-        if edge in positions:
-            found.add(positions[edge])
-        stack.extend(following for following in edge[0].next_functions if following[0] is not None)
-    return found
-
-
-def refuse_reentrant_checkpoint(roots: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where a reentrant checkpoint hides a part of the graph from second derivatives."""
-    if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes(roots)):
-        raise RuntimeError(
-            "a reentrant checkpoint hides the graph from second derivatives; call"
-            " torch.utils.checkpoint.checkpoint with use_reentrant=False."
-        )

@@ -6,6 +6,7 @@ Both sit at ``__torch_function__``: every call that the closure makes of torch p
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away
+from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away, were_written
+from optim.closure.gradients import Grads
 from optim.closure.losses import LossLog
 from secondorder.autodiff.compat import dispatch_backward, in_checkpoint
 from secondorder.autodiff.decompose import CUDNN, DETERMINANTS, WITHOUT_SECOND_DERIVATIVE
@@ -35,29 +37,32 @@ class Pass(NamedTuple):
     """A call of ``backward`` or of ``torch.autograd.grad``, its graph kept.
 
     Attributes:
-        call: The arguments, with ``retain_graph=True``.
+        arguments: By name, with ``retain_graph=True``.
         roots: The tensors that are differentiated, each with the weight it was given, one by default.
     """
 
-    call: inspect.BoundArguments
+    arguments: dict[str, Any]
     roots: Weighted
 
     @classmethod
     def of(cls, signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]) -> Pass:
         """Read the arguments of a call."""
-        call = signature.bind(*args, **kwargs)
-        call.arguments["retain_graph"] = True
+        if len(args) == 1 and not kwargs:
+            arguments = {next(iter(signature.parameters)): args[0]}
+        else:
+            arguments = signature.bind(*args, **kwargs).arguments
         names = ("gradient", "grad_tensors", "grad_outputs")
-        given = next((call.arguments[name] for name in names if call.arguments.get(name) is not None), None)
-        first = next(iter(call.arguments.values()))
+        given = next((arguments[name] for name in names if arguments.get(name) is not None), None)
+        first = next(iter(arguments.values()))
+        arguments["retain_graph"] = True
         roots = (first,) if isinstance(first, Tensor) else tuple(first)
         weights = given if isinstance(given, tuple | list) else (given,) * len(roots)
         pairs = zip(roots, weights, strict=True)
-        return cls(call, [(r, torch.ones_like(r) if w is None else w.detach()) for r, w in pairs])
+        return cls(arguments, [(r, torch.ones_like(r) if w is None else w.detach()) for r, w in pairs])
 
     def run(self, func: Callable[..., Any]) -> Any:
         """Carry it out."""
-        return func(*self.call.args, **self.call.kwargs)
+        return func(**self.arguments)
 
 
 class Record(TorchFunctionMode):
@@ -97,16 +102,24 @@ class Record(TorchFunctionMode):
         self._guard = guard
         self._accumulation = accumulation
         self._random = random
+        self._start = marks(parameters)
+        # After the last backward pass.
         self._marks: Marks = []
 
+    def filled_from(self) -> Weighted:
+        """What the closure filled ``.grad`` from: by ``backward``, or with what ``autograd.grad`` gave."""
+        return self.roots or (self.differentiated if were_written(self._parameters, self._start) else [])
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_accessor(func):
+            return func(*args)
         args, kwargs = without_graph(func, args), kwargs or {}
         if func in BACKWARD:
             return self._backward(func, Pass.of(BACKWARD[func], args, kwargs))
         if func is torch.autograd.grad:
             self.differentiates = True
             return self._grad(args, kwargs)
-        if any(is_transformed(arg) for arg in args):
+        if any(map(is_transformed, args)):
             self.differentiates = True
         if is_grad_scaling(func):
             raise RuntimeError(
@@ -139,7 +152,7 @@ class Record(TorchFunctionMode):
     def _grad(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """Keep the graph of a gradient for the parameters: the closure may fill ``.grad`` with it."""
         grad = Pass.of(_GRAD, args, kwargs)
-        options = grad.call.arguments
+        options = grad.arguments
         inputs = options["inputs"]
         options["inputs"] = inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         own = {id(parameter) for parameter in self._parameters}
@@ -169,7 +182,7 @@ class Value(TorchFunctionMode):
 
     Args:
         guard: Undoes writes.
-        gradients: For each parameter what ``.grad`` holds after a backward that was swallowed.
+        gradients: What ``.grad`` holds after a backward that was swallowed.
         differentiates: The closure differentiates itself: gradients stay as it wants them.
         random: Notes the generators that are used.
     """
@@ -177,7 +190,7 @@ class Value(TorchFunctionMode):
     def __init__(
         self,
         guard: WriteGuard,
-        gradients: dict[Tensor, Tensor | None],
+        gradients: Grads,
         differentiates: bool,
         random: RandomState,
     ) -> None:
@@ -188,6 +201,8 @@ class Value(TorchFunctionMode):
         self._random = random
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_accessor(func):
+            return func(*args)
         args, kwargs = without_graph(func, args), kwargs or {}
         if func in BACKWARD:
             return self._fill_grads()
@@ -198,7 +213,7 @@ class Value(TorchFunctionMode):
 
     def _fill_grads(self) -> None:
         """The recorded gradient, for a closure that reads or clips it; a copy that it may write to."""
-        for parameter, gradient in self._gradients.items():
+        for parameter, gradient in self._gradients:
             if gradient is not None:
                 parameter.grad = self._guard.adopt(gradient.clone())
 
@@ -210,9 +225,7 @@ class Again(Value):
         roots: Tensors on which ``backward`` or ``torch.autograd.grad`` was called.
     """
 
-    def __init__(
-        self, guard: WriteGuard, gradients: dict[Tensor, Tensor | None], random: RandomState
-    ) -> None:
+    def __init__(self, guard: WriteGuard, gradients: Grads, random: RandomState) -> None:
         super().__init__(guard, gradients, True, random)
         self.roots: list[Tensor] = []
 
@@ -221,6 +234,16 @@ class Again(Value):
         if signature is not None:
             self.roots += [root for root, _ in Pass.of(signature, args, kwargs or {}).roots]
         return super().__torch_function__(func, types, args, kwargs)
+
+
+# Of the properties of a tensor those that are tensors made from it.
+MADE = {"T", "mT", "H", "mH", "real", "imag", "data"}
+
+
+@functools.lru_cache(maxsize=1024)
+def is_accessor(func: Any) -> bool:
+    """Whether it reads or sets a property such as ``.grad``: no tensor is made or written to."""
+    return getattr(func, "__name__", "") in ("__get__", "__set__") and func.__self__.__name__ not in MADE
 
 
 _NUMBERS = {Tensor.__float__, Tensor.__complex__}

@@ -2,142 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
+from optim.closure import gradients
 from optim.closure.accumulation import Accumulation
-from optim.closure.evaluate import Closure, ClosureEvaluator, Evaluation
+from optim.closure.evaluate import Asked, ClosureEvaluator, Evaluation
 from optim.closure.modes import Record
+from optim.closure.nodes import Passes
 from optim.closure.returned import finite, root_of
-from optim.closure.setting import evaluating, grads_put_aside
-from optim.closure.tape import Node, Tape, tensors_of
-from secondorder.autodiff.guard import RandomState, WriteGuard, is_transformed
+from optim.closure.runs import Closure
+from optim.closure.setting import evaluating
+from secondorder.autodiff.guard import WriteGuard
 
 # Losses, and gradients, that differ by more than this, relative, are not the same; and gradients where parts
 # are computed in half precision: with one kernel of attention and another they differ by 1e-2.
 AGREEMENT, ROUGH = 1e-2, 0.1
 
 
-class Replay:
-    """Watches a module, by hooks, and can evaluate again what ``backward`` was called on.
-
-    Args:
-        model: Its outputs are watched.
-        parameters: Gives the parameters that the optimizer moves.
-    """
-
-    def __init__(self, model: nn.Module, parameters: Callable[[], Sequence[Tensor]]) -> None:
-        self.model = model
-        devices = list(dict.fromkeys(parameter.device for parameter in parameters()))
-        self.tape = Tape(devices, parameters)
-        self._calls: list[tuple[RandomState, Any, Any]] = []
-        # What the hook sees in calls that are made again: hooks after it are recorded on their own.
-        self._outputs: list[Any] | None = None
-        # The hooks must not keep the optimizer alive.
-        handles = [
-            model.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
-        ]
-        for handle in handles:
-            weakref.finalize(self, handle.remove)
-
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Calls of the module inside are not recorded."""
-        before, self.tape.is_suspended = self.tape.is_suspended, True
-        try:
-            yield
-        finally:
-            self.tape.is_suspended = before
-
-    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not self.tape.is_suspended:
-            self._calls.append((self.tape.random_state(), args, kwargs))
-
-    def _after(self, model: nn.Module, _: Any, __: dict[str, Any], outputs: Any) -> None:
-        if self._outputs is not None:
-            self._outputs.append(outputs)
-        if self.tape.is_suspended or not self._calls:
-            return
-        random, args, kwargs = self._calls.pop()
-        results = tensors_of(outputs)
-        if not torch.is_grad_enabled() or not results or any(map(is_transformed, results)):
-            return
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        call = _Call(self, [(module, module.training) for module in model.modules()])
-        setting = self.tape.setting(random if random.has_moved() else None)
-        node = Node(call, [self.tape.leaf(leaf) for leaf in leaves], spec, setting, self.tape.epoch)
-        node.is_call = True
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.tape.record(node, results, [*given, *model.parameters(), *model.buffers()])
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's outputs once more, as hooks that were registered later find them."""
-        outputs: list[Any] = []
-        self._outputs = outputs
-        try:
-            with self.suspended():
-                self.model(*args, **kwargs)
-        finally:
-            self._outputs = None
-        return outputs[-1]
-
-
-class _Hook:
-    """A method of an object that may be gone; a copy does nothing."""
-
-    def __init__(self, method: Callable[..., None] | None = None) -> None:
-        self._method = None if method is None else weakref.WeakMethod(method)
-
-    __name__ = "secondorder_hook"  # torch.jit.script asks for one
-
-    # Compiled code calls it as it is.
-    @torch._disable_dynamo
-    def __call__(self, *args: Any) -> None:
-        method = None if self._method is None else self._method()
-        if method is not None:
-            method(*args)
-
-    def __reduce__(self) -> Any:
-        return (_Hook, ())
-
-
-class _Call:
-    """Calls the module again, its parts in training or evaluation as they were.
-
-    Buffers that a module gives another tensor are afterwards those of before.
-    """
-
-    def __init__(self, replay: Replay, training: list[tuple[nn.Module, bool]]) -> None:
-        self._replay, self._training = weakref.ref(replay), training
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        replay = self._replay()
-        assert replay is not None
-        present = [(module, module.training, dict(module._buffers)) for module, _ in self._training]
-        try:
-            for module, training in self._training:
-                module.training = training
-            return replay.call(*args, **kwargs)
-        finally:
-            for module, training, buffers in present:
-                module.training = training
-                module._buffers.update(buffers)
-
-
 class ReplayEvaluator(ClosureEvaluator):
     """Runs again what a tape has, in place of a closure.
 
     Args:
-        tape: With at least one root.
+        passes: Those of the tape, with at least one root.
         closure: What ``step`` was given. Where it returns None without calling ``backward``, as Lightning's
-            does in manual optimization, the tape is run; else the closure is what counts.
+            does in manual optimization, they are done again; else the closure is what counts.
         parameters: The parameters that the optimizer moves.
         sign: -1 where the loss is to be maximised.
         accumulation: Counts the backward passes that ``.grad`` holds before the closure runs.
@@ -145,14 +36,14 @@ class ReplayEvaluator(ClosureEvaluator):
 
     def __init__(
         self,
-        tape: Tape,
+        passes: Passes,
         closure: Closure | None,
         parameters: Sequence[Tensor],
         sign: int,
         accumulation: Accumulation,
     ) -> None:
-        super().__init__(closure or tape.run, parameters, sign, accumulation)
-        self._tape, self._is_given = tape, closure is not None
+        super().__init__(closure or passes.run, parameters, sign, accumulation)
+        self._passes, self._is_given = passes, closure is not None
 
     def record(self) -> Evaluation:
         """Run, leaving ``.grad`` as it is: the user has filled it.
@@ -160,31 +51,39 @@ class ReplayEvaluator(ClosureEvaluator):
         Raises:
             RuntimeError: the loss is not finite, or has no path to the parameters.
         """
-        if self._is_given:
-            returned, mode, has_filled = self._run_for_real(self._closure)
-            if returned is not None or mode.roots:
-                return self._evaluation_of(returned, mode, has_filled)
-            self._closure = self._tape.run
-        gradient, gap = self._gradient(), self._tape.changed()
-        with grads_put_aside(self._parameters), WriteGuard() as guard:
-            mode = Record(self._parameters, guard, self._random)
+        with torch.enable_grad(), evaluating():
+            if self._is_given:
+                returned, mode = self._runs.for_real()
+                if returned is not None or mode.roots:
+                    return self._evaluated(returned, mode)
+                self._runs.closure = self._passes.run
+            return self._replayed()
+
+    def _replayed(self) -> Evaluation:
+        """Of the passes, done again."""
+        gradient, gap = gradients.flat(self._parameters), self._passes.changed()
+        with gradients.put_aside(self._parameters), WriteGuard() as guard:
+            mode = Record(self._parameters, guard, self._runs.random)
             # Each call has its own random numbers.
-            with self._random.replayed(), torch.enable_grad(), evaluating(), mode:
-                loss = self._closure()
+            with self._runs.random.replayed(), mode:
+                loss = self._passes.run()
             value, root = finite(loss), root_of(loss)
-            self._fill_grads(root[0])
-            partial, scale = _compare(gradient, self._gradient(), ROUGH if self._is_rough() else AGREEMENT)
-        before = self._tape.value()
+            self._note([root], mode)
+            gradients.fill(self._parameters, loss)
+            tolerance = ROUGH if self._is_rough() else AGREEMENT
+            partial, scale = _compare(gradient, gradients.flat(self._parameters), tolerance)
+        before = self._passes.value()
         if abs(value - before) > AGREEMENT * max(abs(value), abs(before)):
             gap = gap or f"the loss was {before:.6g} and is {value:.6g} when it is computed again"
-        return self._evaluation(mode, loss, value, [root], gradient, (), gap or partial, scale)
+        asked = Asked(loss, value, [root], (), gap or partial, scale)
+        return self._evaluation(asked, mode, gradient)
 
     def repeated(self, objective: Tensor) -> float | None:
         """As of a closure; what is run again instead of one was compared with the first run already."""
-        return None if self._closure == self._tape.run else super().repeated(objective)
+        return None if self._runs.closure == self._passes.run else super().repeated(objective)
 
     def _is_rough(self) -> bool:
-        return self._parameters[0].dtype.itemsize < 4 or self._tape.is_rough()
+        return self._parameters[0].dtype.itemsize < 4 or self._passes.is_rough()
 
 
 def _compare(gradient: Tensor, again: Tensor, tolerance: float) -> tuple[str, float]:

@@ -1,10 +1,11 @@
-"""What surrounds an evaluation: kernels and caches, parameters held elsewhere, ``.grad`` put aside."""
+"""What surrounds an evaluation: kernels and caches, parameters held elsewhere, hooks."""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,34 +15,34 @@ from secondorder.autodiff.guard import surely
 from secondorder.vectors.flat import unflatten
 
 
-@contextlib.contextmanager
-def evaluating() -> Iterator[None]:
-    """Attention by its math kernel, compiled code eager, no cast of parameters that moved since.
+class evaluating:  # noqa: N801 - used as a function, like torch.no_grad
+    """Context: attention by its math kernel, compiled code eager, no cast of parameters that moved since.
 
     The other kernels and compiled code have no second derivative. Autocast keeps the casts of leaves until
     its outermost region ends, which may be around the step: they would be those of other values.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(switches.held(*switches.MATH_ATTENTION, switches.NO_COMPILED_CODE))
+
+    def __enter__(self) -> None:
         torch.clear_autocast_cache()
-        stack.callback(torch.clear_autocast_cache)
-        with _naming_higher_order_operators():
-            yield
+        self._held = switches.held(*switches.MATH_ATTENTION, switches.NO_COMPILED_CODE)
+        self._held.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        try:
+            torch.clear_autocast_cache()
+        finally:
+            self._held.__exit__(None, None, None)
+        if isinstance(error, Exception) and _is_of_higher_order(error):
+            raise RuntimeError(
+                "torch.cond and torch's other higher-order operators cannot run in a step, and have no right"
+                " second derivative; write a branch or a loop in Python."
+            ) from error
 
 
-@contextlib.contextmanager
-def _naming_higher_order_operators() -> Iterator[None]:
-    """Say what it is that cannot run here: torch traces their branches by what refuses a function mode."""
-    try:
-        yield
-    except Exception as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        if not any("torch._higher_order_ops" in frame.f_globals.get("__name__", "") for frame, _ in frames):
-            raise
-        raise RuntimeError(
-            "torch.cond and torch's other higher-order operators cannot run in a step, and have no right"
-            " second derivative; write a branch or a loop in Python."
-        ) from error
+def _is_of_higher_order(error: Exception) -> bool:
+    """Whether torch was tracing branches of an operator, by what refuses a function mode."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any("torch._higher_order_ops" in frame.f_globals.get("__name__", "") for frame, _ in frames)
 
 
 @contextlib.contextmanager
@@ -56,12 +57,12 @@ def trial(parameters: Sequence[Tensor], step: Tensor) -> Iterator[None]:
             parameter.data = parameter.data + part.to(parameter.dtype)
         yield
     finally:
-        surely(lambda: _each(parameters, originals, "data"))
+        surely(lambda: _set_data(parameters, originals))
 
 
-def _each(parameters: Sequence[Tensor], values: Sequence[Tensor | None], name: str) -> None:
+def _set_data(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
-        setattr(parameter, name, value)
+        parameter.data = value
 
 
 @contextlib.contextmanager
@@ -93,15 +94,3 @@ def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter, registered in hooks:
             parameter._backward_hooks = registered
-
-
-@contextlib.contextmanager
-def grads_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever happens to ``.grad`` inside does not reach the user's."""
-    grads = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        yield
-    finally:
-        surely(lambda: _each(parameters, grads, "grad"))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from optim.closure.accumulation import Accumulation
 from optim.closure.evaluate import ClosureEvaluator
-from optim.closure.replay import Replay, ReplayEvaluator
+from optim.closure.replay import ReplayEvaluator
+from optim.closure.watch import Watcher
 
 
 class Source:
@@ -27,7 +28,7 @@ class Source:
     ) -> None:
         self._name = name
         self._accumulation = Accumulation()
-        self.replay = None if model is None else Replay(model, parameters)
+        self.watcher = None if model is None else Watcher(model, parameters)
 
     def evaluator(
         self, closure: Callable[[], Any] | None, parameters: Sequence[Tensor], sign: int
@@ -43,17 +44,20 @@ class Source:
                 f"closure must be a function that evaluates the model and returns the loss, got"
                 f" {type(closure).__name__}; the closure of torch.optim.LBFGS works as it is."
             )
-        if self.replay is not None and self.has_seen():
-            return ReplayEvaluator(self.replay.tape, closure, parameters, sign, self._accumulation)
-        if closure is not None:
-            return ClosureEvaluator(closure, parameters, sign, self._accumulation)
+        if self.watcher is not None and self.has_seen():
+            return ReplayEvaluator(self.watcher.tape.passes, closure, parameters, sign, self._accumulation)
+        if closure is None:
+            raise self._nothing_to_evaluate()
+        return ClosureEvaluator(closure, parameters, sign, self._accumulation)
+
+    def _nothing_to_evaluate(self) -> TypeError | RuntimeError:
         name = self._name
-        if self.replay is None:
-            raise TypeError(
+        if self.watcher is None:
+            return TypeError(
                 f"{name}.step needs a closure that evaluates the model and returns the loss, got None; the"
                 f" closure of torch.optim.LBFGS works as it is. Without one, give {name} model=."
             )
-        raise RuntimeError(
+        return RuntimeError(
             f"{name}.step was called without a closure, but no backward pass through the outputs of model="
             " was seen since the last step: the module itself must be called, with gradients on, and its"
             " outputs not pass a torch.autograd.Function (full backward hooks are), torch.func or torch.jit."
@@ -62,11 +66,11 @@ class Source:
 
     def has_seen(self) -> bool:
         """Whether there was a backward pass through the model since the last step."""
-        return self.replay is not None and bool(self.replay.tape.roots)
+        return self.watcher is not None and bool(self.watcher.tape.passes.roots)
 
     def suspended(self) -> contextlib.AbstractContextManager[None]:
         """What the model does inside is not recorded."""
-        return contextlib.nullcontext() if self.replay is None else self.replay.suspended()
+        return contextlib.nullcontext() if self.watcher is None else self.watcher.suspended()
 
     def mark(self, parameters: Sequence[Tensor]) -> None:
         """Writes to ``.grad`` up to now were no backward passes."""
@@ -75,5 +79,5 @@ class Source:
     def close(self, parameters: Sequence[Tensor]) -> None:
         """A step is over."""
         self.mark(parameters)
-        if self.replay is not None:
-            self.replay.tape.forget()
+        if self.watcher is not None:
+            self.watcher.tape.forget()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
+from optim.closure.edges import Edge, edge_of, kind, made_from
 from secondorder.autodiff import graph
-
-# A result of a node: the tensor that it made.
-Edge = tuple[Any, int]
 
 # Nodes that are linear in all that they differentiate, by the name of their operation (torch 2.6 to 2.14).
 _LINEAR = re.compile(
@@ -27,7 +23,7 @@ _LINEAR = re.compile(
 )
 # Those that are linear in each of the inputs at these positions, but not in two at once. The denominator
 # stands twice: a quotient is not linear in it alone either.
-_FACTORS = {
+FACTORS = {
     "Addmm": (1, 2),
     "Addmv": (1, 2),
     "Baddbmm": (1, 2),
@@ -40,28 +36,8 @@ _FACTORS = {
     "Mul": (0, 1),
     "Mv": (0, 1),
 }
-# What layers are made of: a term that holds one is more than a term of the parameters, and so is one where a
-# contraction or a broadcast with a constant, its data, is met.
-_LAYERS = (
-    "Convolution",
-    "Cudnn",
-    "Embedding",
-    "Fused",
-    "Grid",
-    "Miopen",
-    "Mkldnn",
-    "Native",
-    "Scaled",
-    "Thnn",
-)
-_BROADCAST = ("Add", "Sub", "Mul", "Div", "Rsub")
-
-_SUFFIX = re.compile(r"Backward\w*$")
-
-
-def kind(node: Node) -> str:
-    """The name of its operation: ``Mul`` of ``MulBackward0``."""
-    return _SUFFIX.sub("", node.name())
+# Those whose results may be larger than their inputs.
+BROADCAST = ("Add", "Sub", "Mul", "Div", "Rsub")
 
 
 class Terms:
@@ -70,29 +46,15 @@ class Terms:
     Args:
         roots: Tensors with a graph.
         parameters: Leaves; others are constants.
+
+    Attributes:
+        leaves: The parameters, by their node.
     """
 
     def __init__(self, roots: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         self.leaves = {edge_of(parameter)[0]: parameter for parameter in parameters}
-        # Position of the nodes, no node before one that was made from it.
-        self._order = self._sorted([edge_of(root)[0] for root in roots])
-
-    def _sorted(self, roots: Sequence[Node]) -> dict[Node, int]:
-        order: list[Node] = []
-        live: dict[Node, bool] = {}
-        for root in roots:
-            stack: list[tuple[Node, Iterator[Node]]] = [] if root in live else [(root, _following(root))]
-            while stack:
-                node, rest = stack[-1]
-                following = next((other for other in rest if other not in live), None)
-                if following is not None:
-                    stack.append((following, _following(following)))
-                    continue
-                stack.pop()
-                live[node] = node in self.leaves or any(live[other] for other in _following(node))
-                if live[node]:
-                    order.append(node)
-        return {node: position for position, node in enumerate(reversed(order))}
+        # No node before one that was made from it.
+        self._order = _sorted([edge_of(root)[0] for root in roots], self.leaves)
 
     def below(self, node: Node) -> list[Edge]:
         """What a node was made from, as far as parameters are reached from it."""
@@ -123,15 +85,13 @@ class Terms:
 
     def _is_linear(self, node: Node) -> bool:
         name = kind(node)
-        positions = _FACTORS.get(name)
-        if positions is None:
-            return _LINEAR.fullmatch(name) is not None
-        return self._live(node, positions) < 2
+        return self.live_factors(node) < 2 if name in FACTORS else _LINEAR.fullmatch(name) is not None
 
-    def _live(self, node: Node, positions: Sequence[int]) -> int:
-        """How many of the inputs at these positions depend on parameters; numbers are left out at the end."""
+    def live_factors(self, node: Node) -> int:
+        """How many of the factors that a node multiplies depend on parameters."""
+        # Numbers are left out at the end.
         inputs = node.next_functions
-        return sum(inputs[i][0] in self._order for i in positions if i < len(inputs))
+        return sum(inputs[i][0] in self._order for i in FACTORS[kind(node)] if i < len(inputs))
 
     def passages(self, edge: Edge) -> list[Edge]:
         """The tensors that every way from ``edge`` to a parameter passes, itself first, parameters left out.
@@ -163,75 +123,45 @@ class Terms:
     def is_of_frozen_layer(self, edge: Edge) -> bool:
         """Whether a tensor is what a layer without parameters of its own makes of one that has some."""
         name = kind(edge[0])
-        return name in _FACTORS and name not in _BROADCAST and self._is_linear(edge[0])
+        return name in FACTORS and name not in BROADCAST and self._is_linear(edge[0])
 
-    def leaves_of(self, edge: Edge, stops: Collection[Edge] = ()) -> list[Tensor]:
-        """The parameters that are reached without passing a stop."""
-        return [self.leaves[node] for node, _ in self._behind(edge, stops) if node in self.leaves]
 
-    def is_of_parameters(self, edge: Edge, stops: Collection[Edge] = ()) -> bool:
-        """Whether a term is one of parameters alone: it passes no layer, no data, no stop."""
-        return not any(other in stops or self._is_of_data(other) for other in self._behind(edge, stops))
-
-    def _behind(self, edge: Edge, stops: Collection[Edge]) -> Iterator[Edge]:
-        """What it was made from, itself too."""
-        stack, seen = [edge], {edge}
+def _sorted(roots: Sequence[Node], leaves: dict[Node, Tensor]) -> dict[Node, int]:
+    """Positions of the nodes from which a leaf is reached."""
+    order: list[Node] = []
+    live: dict[Node, bool] = {}
+    for root in roots:
+        stack: list[tuple[Node, Iterator[Node]]] = [] if root in live else [(root, made_from(root))]
         while stack:
-            here = stack.pop()
-            yield here
-            following = [] if here in stops else [e for e in self.below(here[0]) if e not in seen]
-            stack += following
-            seen.update(following)
-
-    def weights(
-        self, roots: Sequence[Tensor], root_gradients: Sequence[Tensor], terms: Sequence[Edge]
-    ) -> dict[Edge, Tensor]:
-        """What a sum of roots is multiplied with in each of the terms that it was split into.
-
-        Where a term was made from another one, what comes through it does not count.
-        """
-        if not terms:
-            return {}
-        before = RemovableHandle.next_id
-        nodes = {node for node, _ in terms}
-        handles = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in nodes]
-        graph.HookCount.own += RemovableHandle.next_id - before
-        ends = [GradientEdge(*term) for term in terms]
-        try:
-            weights = torch.autograd.grad(roots, ends, root_gradients, retain_graph=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return dict(zip(terms, weights, strict=True))
-
-    def _is_of_data(self, edge: Edge) -> bool:
-        node, name = edge[0], kind(edge[0])
-        if node in self.leaves:
-            return False
-        if name.startswith(_LAYERS) or issubclass(type(node), torch.autograd.function.BackwardCFunction):
-            return True
-        below = self.below(node)
-        has_constant = len(below) < len(node.next_functions)
-        if name in _BROADCAST and has_constant:
-            return size(edge) > max(map(size, below))
-        return name in _FACTORS and self._live(node, _FACTORS[name]) < 2
+            node, rest = stack[-1]
+            following = next((other for other in rest if other not in live), None)
+            if following is not None:
+                stack.append((following, made_from(following)))
+                continue
+            stack.pop()
+            live[node] = node in leaves or any(live[other] for other in made_from(node))
+            if live[node]:
+                order.append(node)
+    return {node: position for position, node in enumerate(reversed(order))}
 
 
-def edge_of(tensor: Tensor) -> Edge:
-    """Its place in the graph."""
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
+def weights(
+    roots: Sequence[Tensor], root_gradients: Sequence[Tensor], terms: Sequence[Edge]
+) -> dict[Edge, Tensor]:
+    """What a sum of roots is multiplied with in each of the terms that it was split into.
 
-
-def shape(edge: Edge) -> tuple[int, ...]:
-    """Of the tensor."""
-    return tuple(edge[0]._input_metadata[edge[1]].shape)
-
-
-def size(edge: Edge) -> int:
-    """Number of entries of the tensor."""
-    return math.prod(shape(edge))
-
-
-def _following(node: Node) -> Iterator[Node]:
-    return (other for other, _ in node.next_functions if other is not None)
+    Where a term was made from another one, what comes through it does not count.
+    """
+    if not terms:
+        return {}
+    before = RemovableHandle.next_id
+    nodes = {node for node, _ in terms}
+    handles = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in nodes]
+    graph.HookCount.own += RemovableHandle.next_id - before
+    ends = [GradientEdge(*term) for term in terms]
+    try:
+        found = torch.autograd.grad(roots, ends, root_gradients, retain_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(zip(terms, found, strict=True))

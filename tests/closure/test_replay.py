@@ -467,7 +467,7 @@ def test_a_validation_with_gradients_is_not_kept():
     del x
     gc.collect()
     assert inputs() is None
-    assert not optimizer._source.replay.tape.roots
+    assert not optimizer._source.watcher.tape.passes.roots
 
 
 def test_the_hooks_go_with_the_optimizer():
@@ -632,7 +632,7 @@ def test_gradients_switched_off_in_the_module():
         model(X)
     finally:
         torch.set_grad_enabled(True)
-    assert not optimizer._source.replay._calls
+    assert not optimizer._source.watcher._calls
 
 
 def test_a_full_backward_hook_on_the_module_is_named():
@@ -650,7 +650,7 @@ def test_a_forward_that_raises_is_forgotten():
     optimizer = optim.HessianFree(model.parameters(), model=model)
     with pytest.raises(RuntimeError):
         model(X[:, :2])
-    assert not optimizer._source.replay._calls
+    assert not optimizer._source.watcher._calls
     assert optimizer.step() is None
     assert float(backward_only(model, optimizer, cross_entropy)) > 0
 
