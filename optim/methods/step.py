@@ -24,12 +24,14 @@ class Options(NamedTuple):
         max_trials: Sizes that are tried.
         is_bold: While the model is right try bolder sizes, as long as the objective falls.
         longest: Try multiples of a step that the model was too careful about, up to this one.
+        least_ratio: Below this reduction ratio safer sizes are tried.
     """
 
     rate: float = 1.0
     max_trials: int = 10
     is_bold: bool = False
     longest: float = 1.0
+    least_ratio: float = control.BAD
 
 
 class Outcome(NamedTuple):
@@ -101,7 +103,7 @@ class Step:
             return self._searched(attempt)
         if attempt.is_final:
             best, following = attempt, attempt.following
-        elif not attempt.rho > control.BAD:
+        elif not attempt.rho > self._options.least_ratio:
             best, following = self._retreat(attempt)
         elif attempt.rho > control.GOOD and self._options.is_bold:
             best, following = self._advance(attempt)
@@ -140,7 +142,7 @@ class Step:
                     return best, best.size
                 continue
             best = attempt
-            if attempt.rho > control.BAD:
+            if attempt.rho > self._options.least_ratio:
                 break
         if best is None or best.rho < control.LOW:
             return best or attempt, (best or attempt).following

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optim.methods import control, search
-from optim.methods.batches import BatchNoise
+from optim.methods.batches import GAIN, LEAST_RATIO, MORE, BatchNoise
 from optim.methods.control import Rule
 from optim.methods.formed import Formed
 from optim.methods.forms import Form, choose, usual_cost
@@ -80,18 +80,20 @@ def minimise(
     """
     group, model = groups[0], problem.model()
     form = _form(group, model.gradient)
-    space = _space(model, method, form, group, memory.ritz)
+    noise = _noise(problem, group, memory.step) if tries else BatchNoise()
+    gain = min(group["gain"], GAIN) if noise.is_seen else group["gain"]
+    space = _space(model, method, form, Growth(gain, group["rtol"], form.max_size), memory.ritz)
     if space.size == 0 and space.is_free:
         return Result(Outcome("non_finite"), space, form, {})
-    noise = _noise(problem, group, memory.step) if tries else BatchNoise()
     start = _start(group, method, model, space, noise)
     rates = of_groups(groups, "lr", model.gradient)
     if not tries:
         return Result(_untried(space, start, rates), space, form, {})
-    rate = 1.0 if isinstance(rates, Tensor) else rates
+    rate = noise.rate if isinstance(rates, Tensor) else rates * noise.rate
     # A rate below one asks for short steps.
-    longest = group["max_extension"] if rates == 1.0 and not noise.is_seen else 1.0
-    options = Options(rate, group["max_trials"], is_bold=group[method.size] is None, longest=longest)
+    longest = group["max_extension"] if isinstance(rates, float) and rate == 1.0 else 1.0
+    least = LEAST_RATIO if noise.is_seen else control.BAD
+    options = Options(rate, group["max_trials"], group[method.size] is None, longest, least)
     outcome = Step(problem, model, space, method.rule, options).take(start)
     if isinstance(rates, Tensor) and outcome.trial is not None:
         outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rates))
@@ -106,7 +108,8 @@ def minimise(
 
 def _noise(problem: ClosureProblem, group: Mapping[str, Any], last: Tensor | None) -> BatchNoise:
     """Whether these are other samples; where they are, the last step is tried on them: an evaluation."""
-    noise = BatchNoise(*(group["batch_noise"] or ())).observed(problem.model().value)
+    noise = BatchNoise(*(group["batch_noise"] or ()))
+    noise = noise.observed(problem.model().value, problem.outputs())
     if not noise.is_seen or last is None:
         return noise
     return noise.tested(problem.evaluate(-last).value, problem.model().value)
@@ -125,13 +128,13 @@ def _form(group: Mapping[str, Any], like: Tensor) -> Form:
 
 
 def _space(
-    model: QuadraticModel, method: Method, form: Form, group: Mapping[str, Any], ritz: Ritz | None
+    model: QuadraticModel, method: Method, form: Form, growth: Growth, ritz: Ritz | None
 ) -> Subspace:
     if form.name == "formed":
         return Formed(model, method.bound)
     if form.name == "cg":
         return Truncated(model, method.truncated, damps=method.size == "damping")
-    return Grown(model, method.bound, Growth(group["gain"], group["rtol"], form.max_size), ritz)
+    return Grown(model, method.bound, growth, ritz)
 
 
 def _start(
@@ -140,7 +143,7 @@ def _start(
     """The first damping or radius of this step: in the first step, from the function."""
     size, damps = group[method.size], method.size == "damping"
     if size is not None:
-        factor = noise.factor
+        factor = MORE if noise.loses else 1.0
         return float(size * factor if damps else size / factor)
     curvature = abs(space.steepest())
     if damps:
@@ -152,12 +155,13 @@ def _start(
 def _settled(
     size: float | None, start: float, method: Method, space: Subspace, noise: BatchNoise
 ) -> float | None:
-    """The next damping or radius; where batches differ a trial may not loosen it."""
-    if size is None or method.size == "radius":
-        return size if size is None or not noise.is_seen else min(size, start)
-    if noise.is_seen:
-        return max(size, start)
-    return max(size, min(start, LEAST_DAMPING * space.lowest()))
+    """The next damping or radius; while steps lose on other samples a trial may not loosen it."""
+    if size is None:
+        return None
+    if method.size == "radius":
+        return min(size, start) if noise.loses else size
+    least = start if noise.loses else min(start, LEAST_DAMPING * space.lowest())
+    return max(size, least)
 
 
 def _untried(space: Subspace, size: float, rates: float | Tensor) -> Outcome:

@@ -114,6 +114,11 @@ class ClosureProblem:
         gradient = self._model.gradient
         return float((gradient if self._is_plain else gradient / self._factor).norm())
 
+    def outputs(self) -> int:
+        """How many outputs the loss is of; 0 where no known loss was called."""
+        blocks = self._evaluation.coverage.blocks
+        return sum(output.numel() for block in blocks for output in getattr(block, "outputs", ()))
+
     def _spend(self, start: float, evaluations: int = 0, gradients: int = 0) -> None:
         old = self.spent
         seconds = old.seconds + time.perf_counter() - start
