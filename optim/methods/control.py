@@ -20,7 +20,8 @@ ACCEPTANCE = 1e-4
 # The ratio at which none of the rules below changes anything, and that from which the radius and Martens'
 # damping loosen.
 NEUTRAL, GOOD = 0.5, 0.75
-# Below it the model is worth less than a step with more damping; below the other, another trial (METHODS 12.1).
+# Below it the model is worth less than a step with more damping; below the other, another trial (METHODS
+# 12.1).
 LOW, BAD = 0.25, 0.1
 # Above it twice the step is tried.
 EXTEND = 0.5
@@ -78,7 +79,8 @@ def quiet_ratio(rho: float, holds_back: bool) -> float:
 def marquardt_damping(damping: float, rho: float) -> float:
     """Damping for the next trial in a space where that is free: times 4 below rho = 1/4, 1/4 above 3/4.
 
-    Reference: Marquardt (1963), An algorithm for least-squares estimation, for a factor; its size is measured.
+    Reference: Marquardt (1963), An algorithm for least-squares estimation, for a factor; its size is
+        measured.
     """
     if not rho >= LOW:
         return min(4 * damping, MAX_DAMPING)
@@ -123,7 +125,7 @@ def trust_radius(radius: float, rho: float, step_norm: float) -> float:
 class Rule(Protocol):
     """How damping or radius follow the trials."""
 
-    def __call__(self, size: float, rho: float, length: float) -> float:
+    def __call__(self, size: float, rho: float, length: float, /) -> float:
         """The next damping or radius.
 
         Args:
@@ -133,12 +135,12 @@ class Rule(Protocol):
         """
 
 
-def marquardt(size: float, rho: float, length: float) -> float:
+def marquardt(size: float, rho: float, _: float) -> float:
     """``marquardt_damping`` as a ``Rule``."""
     return marquardt_damping(size, rho)
 
 
-def martens(size: float, rho: float, length: float) -> float:
+def martens(size: float, rho: float, _: float) -> float:
     """``levenberg_marquardt_damping`` as a ``Rule``."""
     return levenberg_marquardt_damping(size, rho)
 
@@ -149,7 +151,7 @@ class Nielsen:
     def __init__(self, growth: float) -> None:
         self.growth = growth
 
-    def __call__(self, size: float, rho: float, length: float) -> float:
+    def __call__(self, size: float, rho: float, _: float) -> float:
         """The next damping."""
         size, self.growth = nielsen_damping(size, self.growth, rho)
         return size

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-# A column of a formed matrix costs this part of a product alone: columns come in blocks, and in products of small
-# networks most of the time is that of calls.
+# A column of a formed matrix costs this part of a product alone: columns come in blocks, and in products of
+# small networks most of the time is that of calls.
 BLOCK_COST = 0.5
-# The part of the known cost of a grown space that stays after a step with the formed matrix: after some of them
-# the grown space is measured again.
+# The part of the known cost of a grown space that stays after a step with the formed matrix: after some of
+# them the grown space is measured again.
 KEPT = 0.95
+# Products that a grown space is taken to cost before one was seen.
+USUAL = 8.0
 # A space that may hold fewer directions than this is worth less than CG.
 LEAST_SIZE = 8
 # Vectors of the length of the parameters for each direction: V, B V, and that of the last step.
@@ -49,8 +51,13 @@ def choose(
     if solver == "auto" and room < min(LEAST_SIZE, n):
         return Form("cg", f"memory={memory:.3g} bytes hold {room} directions", 0)
     # In single precision the small eigenvalues of a formed matrix are rounding.
-    if solver == "auto" and n <= direct_limit and dtype == torch.float64 and BLOCK_COST * n <= usual:
-        return Form("formed", f"{n} columns cost less than the usual {usual:.0f} products", n)
+    if (
+        solver == "auto"
+        and n <= direct_limit
+        and dtype == torch.float64
+        and BLOCK_COST * n <= (usual or USUAL)
+    ):
+        return Form("formed", f"{n} columns cost less than {usual or USUAL:.0f} products", n)
     return Form("grown", "as asked" if solver == "subspace" else "by products", size)
 
 

@@ -1,7 +1,7 @@
 """A space grown by products: generalised Davidson with the last step's space as preconditioner.
 
-Reference: Davidson (1975), The iterative calculation of a few of the lowest eigenvalues; Morgan and Scott (1986),
-Generalizations of Davidson's method. The stopping rule is measured (DESIGN, METHODS 12.1).
+Reference: Davidson (1975), The iterative calculation of a few of the lowest eigenvalues; Morgan and Scott
+(1986), Generalizations of Davidson's method. The stopping rule is measured (DESIGN, METHODS 12.1).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Growth(NamedTuple):
     """When a space stops to grow.
 
     Attributes:
-        gain: Stop where the last quarter of the products, two at least, gained less than this, each, of what a
-            product gained on average.
+        gain: Stop where the last quarter of the products, two at least, gained less than this, each, of what
+            a product gained on average.
         rtol: Stop where the residual is below this, relative to the gradient.
         max_size: Stop at this dimension.
     """
@@ -63,8 +63,8 @@ class Ritz(NamedTuple):
 class Grown:
     """``V``, ``B V`` and ``V^T B V``; grows by the residual of the solution, as far as that pays.
 
-    ``V`` starts with the gradient, so that the residual of any solution in the space is what ``B`` leads out of it.
-    One host read a product.
+    ``V`` starts with the gradient, so that the residual of any solution in the space is what ``B`` leads out
+    of it. One host read a product.
 
     Args:
         model: Its gradient is not zero.

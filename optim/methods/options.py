@@ -15,6 +15,12 @@ OF_GROUPS = ("lr", "weight_decay", "damping_scale")
 FLAGS = ("maximize", "strict", "history")
 
 
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Options among the ``locals()`` of a constructor."""
+    others = ("self", "params", "unsupported", "__class__")
+    return {name: value for name, value in arguments.items() if name not in others}
+
+
 def as_number(value: Any) -> float | int | None:
     """A number, NumPy's or in a tensor of one element too, as Python's; None for all else, also Booleans."""
     if type(value) in (float, int):
@@ -54,7 +60,8 @@ def check_shared(options: Mapping[str, Any]) -> None:
     """
     check_lr(options)
     check_not_negative(options, "weight_decay")
-    check_positive(options, "damping_scale", "memory", "gain", "rtol", "max_extension")
+    check_positive(options, "damping_scale", "memory", "gain", "max_extension")
+    check_optional(options, "rtol")
     check_count(options, "max_iter", "max_trials")
 
 

@@ -173,6 +173,9 @@ class Step:
                     self._options.rate,
                     attempt.is_accepted,
                 )
+            if self._options.is_bold and trial is attempt.trial and attempt.rho > control.GOOD:
+                best, following = self._advance(attempt)
+                return self._outcome(best, following, best.trial)
             if trial is not None or attempt.is_final or self._trials >= self._options.max_trials:
                 return self._outcome(attempt, attempt.following, trial)
             attempt = self._attempt(attempt.following)

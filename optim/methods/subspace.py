@@ -1,7 +1,8 @@
 """The space in which a step decides everything: its products are paid once, every damping or radius is free.
 
-Forms: grown by products (``grown``), all of it where the matrix is formed (``formed``), and three vectors of CG
-where memory for more is short (``truncated``). They differ in what they cost, and in nothing that the loop sees.
+Forms: grown by products (``grown``), all of it where the matrix is formed (``formed``), and three vectors of
+CG where memory for more is short (``truncated``). They differ in what they cost, and in nothing that the loop
+sees.
 """
 
 from __future__ import annotations

@@ -51,9 +51,7 @@ class Truncated:
         self.size += result.iterations
         self.last = x = result.x
         shift = size if self._damps else 0.0
-        return Solution(
-            x, float(b.dot(x)), result.quadratic, float(x.norm()), result.status, shift, earlier
-        )
+        return Solution(x, float(b.dot(x)), result.quadratic, float(x.norm()), result.status, shift, earlier)
 
     def steepest(self) -> float:
         """Curvature along the gradient: a product."""

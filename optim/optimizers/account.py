@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from optim.optimizers.minimise import Result
 from optim.optimizers.problem import ClosureProblem
-from optim.optimizers.report import StepReport
+from optim.optimizers.report import Seconds, StepReport
 
-# In gradients (one forward and one backward pass, the backward twice the forward). The step's own counts twice:
-# its graph is kept, and that of the curvature made.
+# In gradients (one forward and one backward pass, the backward twice the forward). The step's own counts
+# twice: its graph is kept, and that of the curvature made.
 FORWARD_COST, RECORD_COST = 1 / 3, 2.0
 
 
@@ -26,12 +26,10 @@ class Clock:
         """The closure ran, and its curvature is set up."""
         self._recorded = time.perf_counter()
 
-    def parts(self, products: float, trials: float) -> dict[str, float]:
+    def parts(self, products: float, trials: float) -> Seconds:
         """With what the rest says of itself."""
         rest = time.perf_counter() - self._recorded - products - trials
-        return dict(
-            record=self._recorded - self._start, products=products, trials=trials, algebra=max(rest, 0.0)
-        )
+        return Seconds(self._recorded - self._start, products, trials, max(rest, 0.0))
 
 
 class Cost(NamedTuple):
@@ -53,7 +51,6 @@ def reported(
     outcome, space, spent = result.outcome, result.space, problem.spent
     trial, value = outcome.trial, problem.model().value
     products = 0 if space is None else space.products
-    noise = group["batch_noise"]
     return StepReport(
         loss=value,
         new_loss=value if trial is None else trial.value,
@@ -69,7 +66,7 @@ def reported(
         products=products,
         curvature=curvature,
         form="" if result.form is None else f"{result.form.name} ({result.form.why})",
-        noisy=bool(noise and noise[-1]),
+        noisy=result.is_noisy,
         gradient_equivalents=RECORD_COST
         + products * cost.product
         + FORWARD_COST * (cost.evaluations + spent.evaluations)

@@ -1,7 +1,7 @@
 """The face of the optimizers: groups, state, checkpoints, reports around the one step of ``optim.methods``.
 
-A subclass says which curvature (``_curvature``), how steps are bounded (``_method``) and which options are allowed
-(``_check_options``).
+A subclass says which curvature (``_curvature``), how steps are bounded (``_method``) and which options are
+allowed (``_check_options``).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch.optim.optimizer import ParamsT
 
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from optim.closure.source import Source
-from optim.methods.options import OF_GROUPS, check_flags, check_groups, check_joint, make_plain
 from optim.methods.grown import Grown
+from optim.methods.options import OF_GROUPS, check_flags, check_groups, check_joint, make_plain
 from optim.methods.step import Outcome
 from optim.methods.truncated import Truncated
 from optim.optimizers import kept
+from optim.optimizers.account import Clock, Cost, reported
 from optim.optimizers.checkpoint import packed, unpack
 from optim.optimizers.checks import Notices
 from optim.optimizers.curvature import PRODUCT_COST, Curvature
 from optim.optimizers.decay import WeightDecay
 from optim.optimizers.groups import joint, moving
-from optim.optimizers.minimise import Memory, Method, Result, minimise
+from optim.optimizers.minimise import Memory, Method, Result, form_of, minimise
 from optim.optimizers.problem import ClosureProblem
 from optim.optimizers.report import History, StepReport
-from optim.optimizers.account import Clock, Cost, reported
 from secondorder.autodiff.guard import surely
 
 # Learned, in all groups: None before the first step.
@@ -174,8 +174,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         check_groups(self.param_groups, self.defaults, self._check_options)
         parameters = joint(self.param_groups, type(self).__name__)
         if not self._has_something(closure, parameters):
-            is_cg = self._keeps_solution and self.param_groups[0]["solver"] == "cg"
-            kept.make(self.state, parameters, kept.SOLUTION if is_cg else kept.VECTORS)
+            self._make_state(parameters)
             return None
         sign = -1 if self.param_groups[0]["maximize"] else 1
         evaluator = self._source.evaluator(closure, parameters, sign)
@@ -194,6 +193,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if closure is not None or any(bool(grad.any()) for grad in grads):
             return True
         return bool(grads and self._source.has_seen() and WeightDecay.of(self.param_groups))
+
+    def _make_state(self, parameters: list[Tensor]) -> None:
+        """Fill ``state`` as a first step does: distributed checkpoints take one on zero gradients for it."""
+        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+        form = form_of(self.param_groups[0], sum(p.numel() for p in parameters), dtype).name
+        if form == "grown" or (form == "cg" and self._keeps_solution):
+            kept.make(self.state, parameters, kept.VECTORS if form == "grown" else kept.SOLUTION)
 
     def _step(self, evaluator: ClosureEvaluator, parameters: list[Tensor]) -> tuple[Tensor, StepReport]:
         """Record, model, minimise, move."""

@@ -79,7 +79,8 @@ def packed(
 def _fitting(index: Any, key: str, value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if value.shape != parameter.shape:
+    # Or a vector of the parameter's shape for each direction of a space.
+    if parameter.shape not in (value.shape, value.shape[1:]):
         raise ValueError(
             f"state_dict must be of a model of the same shapes, but {key} of parameter {index} has shape"
             f" {tuple(value.shape)} and the parameter {tuple(parameter.shape)}."

@@ -39,7 +39,7 @@ def hessian(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
 def gauss_newton(
     evaluation: Evaluation, parameters: Sequence[Tensor], name: str, strict: bool, notices: Notices
 ) -> Curvature:
-    """The Gauss-Newton matrix of the objective, or the Hessian: an error in strict mode, else a warning, once.
+    """The Gauss-Newton matrix of the objective, or the Hessian: with an error if strict, else a warning.
 
     Args:
         evaluation: With what is known of the objective.

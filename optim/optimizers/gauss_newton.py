@@ -16,6 +16,7 @@ from optim.methods.options import (
     check_optional,
     check_positive,
     check_shared,
+    given,
     refuse,
 )
 from optim.methods.subspace import DAMPED
@@ -27,6 +28,8 @@ from optim.optimizers.minimise import Method
 from optim.optimizers.report import StepReport
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
+# Relative residuals that leave little to gain: of a space (METHODS 12.1), and of CG.
+RTOL, CG_RTOL = 0.03, 1e-2
 RULES = ("marquardt", "nielsen")
 
 
@@ -46,13 +49,15 @@ class GaussNewton(SecondOrderOptimizer):
         direct_limit: Largest number of parameters for which "auto" forms the matrix.
         memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
             directions "auto" is "cg", and ``report.form`` says so.
-        gain: The space stops to grow where another product gains less than this part of what products
-            gained on average.
-        rtol: Or where its residual is below this, relative to the gradient; CG too.
+        rtol: Relative residual to which a step solves its system. None stops where another product does not
+            pay. CG stops at a
+            relative residual of 1e-2 then.
+        gain: Which is where it gains less than this part of what products gained on average; where batches
+            differ 0.3 at most.
         max_iter: Or at this many products; CG too.
         max_trials: Dampings tried in one step.
-        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0 for
-            none. None are with an ``lr`` other than one, or where batches differ from step to step.
+        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0
+            for none. None are with an ``lr`` other than one, or where batches differ from step to step.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -100,8 +105,8 @@ class GaussNewton(SecondOrderOptimizer):
         solver: str = "auto",
         direct_limit: int = 1000,
         memory: float = 2.0**32,
+        rtol: float | None = None,
         gain: float = 0.3,
-        rtol: float = 0.03,
         max_iter: int = 250,
         max_trials: int = 10,
         max_extension: float = 16.0,
@@ -114,7 +119,7 @@ class GaussNewton(SecondOrderOptimizer):
         callback: Callable[[StepReport], Any] | None = None,
         **unsupported: Any,
     ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("self", "params", "unsupported", "__class__")}
+        options = given(locals())
         refuse(type(self), unsupported)
         super().__init__(params, {**options, "damping_growth": 2.0})
 
@@ -129,11 +134,10 @@ class GaussNewton(SecondOrderOptimizer):
 
     def _curvature(self, evaluation: Evaluation) -> Curvature:
         strict = self.param_groups[0]["strict"]
-        return gauss_newton(
-            evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices
-        )
+        return gauss_newton(evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices)
 
     def _method(self) -> Method:
         group = self.param_groups[0]
         rule = Nielsen(group["damping_growth"]) if group["rule"] == "nielsen" else marquardt
-        return Method("damping", DAMPED, rule, conjugate_gradients(group["rtol"], group["max_iter"]))
+        solver = conjugate_gradients(group["rtol"] or CG_RTOL, group["max_iter"])
+        return Method("damping", DAMPED, rule, solver, RTOL)

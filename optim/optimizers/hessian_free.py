@@ -16,6 +16,7 @@ from optim.methods.options import (
     check_optional,
     check_positive,
     check_shared,
+    given,
     refuse,
 )
 from optim.methods.subspace import DAMPED
@@ -28,16 +29,19 @@ from optim.optimizers.minimise import Method
 from optim.optimizers.report import StepReport
 
 SOLVERS = ("auto", "subspace", "cg")
+# Relative residuals that leave little to gain: of a space (METHODS 12.1).
+RTOL = 0.1
 
 
 class HessianFree(SecondOrderOptimizer):
     """Hessian-free optimization (Martens 2010) in a space in which every damping is free.
 
-    A step grows a space by products with the Gauss-Newton matrix, preconditioned by the space of the last step,
-    as far as that pays; damping, a shorter or a longer step are then decided by evaluations of the loss alone.
+    A step grows a space by products with the Gauss-Newton matrix, preconditioned by the space of the last
+    step, as far as that pays; damping, a shorter or a longer step are then decided by evaluations of the loss
+    alone.
 
-    Mini-batches: where the loss at the start of a step is not the one that the last step left, damping follows
-    what steps gained on the samples that came next (``report.noisy``).
+    Mini-batches: where the loss at the start of a step is not the one that the last step left, damping
+    follows what steps gained on the samples that came next (``report.noisy``).
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
@@ -49,15 +53,16 @@ class HessianFree(SecondOrderOptimizer):
             "subspace", or "cg" where ``memory`` is short.
         memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
             directions "auto" is "cg", and ``report.form`` says so.
-        gain: The space stops to grow where another product gains less than this part of what products
-            gained on average.
-        rtol: Or where its residual is below this, relative to the gradient.
+        rtol: Relative residual to which a step solves its system. None stops where another product does not
+            pay.
+        gain: Which is where it gains less than this part of what products gained on average; where batches
+            differ 0.3 at most.
         max_iter: Or at this many products; CG too.
         progress: CG stops when the model decreased by less than this, relative, an iteration.
         decay: Factor of the last solution from which CG starts.
         max_trials: Dampings tried in one step.
-        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0 for
-            none. None are with an ``lr`` other than one, or where batches differ from step to step.
+        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0
+            for none. None are with an ``lr`` other than one, or where batches differ from step to step.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -109,8 +114,8 @@ class HessianFree(SecondOrderOptimizer):
         damping: float | None = None,
         solver: str = "auto",
         memory: float = 2.0**32,
+        rtol: float | None = None,
         gain: float = 1.0,
-        rtol: float = 0.1,
         max_iter: int = 250,
         progress: float = 5e-4,
         decay: float = 0.95,
@@ -125,7 +130,7 @@ class HessianFree(SecondOrderOptimizer):
         callback: Callable[[StepReport], Any] | None = None,
         **unsupported: Any,
     ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("self", "params", "unsupported", "__class__")}
+        options = given(locals())
         refuse(type(self), unsupported)
         super().__init__(params, options)
 
@@ -139,13 +144,11 @@ class HessianFree(SecondOrderOptimizer):
 
     def _curvature(self, evaluation: Evaluation) -> Curvature:
         strict = self.param_groups[0]["strict"]
-        return gauss_newton(
-            evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices
-        )
+        return gauss_newton(evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices)
 
     def _method(self) -> Method:
         group = self.param_groups[0]
         last = kept.vector_of(self.state, moving(self.param_groups), kept.SOLUTION)
         start = None if last is None else group["decay"] * last
         solver = truncated_gradients(group["progress"], group["max_iter"], start)
-        return Method("damping", DAMPED, martens if group["solver"] == "cg" else marquardt, solver)
+        return Method("damping", DAMPED, martens if group["solver"] == "cg" else marquardt, solver, RTOL)

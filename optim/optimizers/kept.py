@@ -1,4 +1,4 @@
-"""What one step leaves to the next: tensors in ``state[p]``, of the parameter's shape; numbers in the groups."""
+"""What one step leaves to the next: tensors in ``state[p]``, numbers in the groups."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ VALUES = "ritz_values"
 def ritz_of(state: State, group: Mapping[str, Any], parameters: Sequence[Tensor]) -> Ritz | None:
     """The last space; None where there is none, or parameters came or went since."""
     *values, rest = group[VALUES] or (0.0,)
-    parts = [state.get(p, {}).get(VECTORS) for p in parameters]
-    if not values or any(part is None or len(part) != len(values) for part in parts):
+    parts = [state[p][VECTORS] for p in parameters if VECTORS in state.get(p, {})]
+    if not values or len(parts) < len(parameters) or any(len(part) != len(values) for part in parts):
         return None
     return Ritz(flatten_rows([_single(part) for part in parts]), values, rest)
 

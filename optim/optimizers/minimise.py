@@ -37,12 +37,14 @@ class Method(NamedTuple):
         bound: How it bounds a step.
         rule: How it follows the trials.
         truncated: CG in place of a space.
+        rtol: Relative residual at which a space need not grow, where none is asked for.
     """
 
     size: str
     bound: Bound
     rule: Rule
     truncated: Solver
+    rtol: float
 
 
 class Memory(NamedTuple):
@@ -58,17 +60,15 @@ class Result(NamedTuple):
     outcome: Outcome
     space: Subspace | None = None
     form: Form | None = None
-    learned: Mapping[str, Any] = {}  # noqa: RUF012 - never written to
+    learned: Mapping[str, Any] = {}
 
     @property
     def is_noisy(self) -> bool:
         """Whether the samples were others than those of the last step."""
-        return bool(self.learned) and self.learned["batch_noise"][-1]
+        return bool(self.learned) and BatchNoise(*self.learned["batch_noise"]).is_seen
 
 
-def minimise(
-    problem: ClosureProblem, groups: Groups, method: Method, memory: Memory, tries: bool
-) -> Result:
+def minimise(problem: ClosureProblem, groups: Groups, method: Method, memory: Memory, tries: bool) -> Result:
     """Choose the space, and find the step in it.
 
     Args:
@@ -79,21 +79,16 @@ def minimise(
         tries: Whether the loss can judge a step; else the first solution is it.
     """
     group, model = groups[0], problem.model()
-    form = _form(group, model.gradient)
+    form = form_of(group, model.gradient.numel(), model.gradient.dtype)
     noise = _noise(problem, group, memory.step) if tries else BatchNoise()
-    gain = min(group["gain"], GAIN) if noise.is_seen else group["gain"]
-    space = _space(model, method, form, Growth(gain, group["rtol"], form.max_size), memory.ritz)
+    space = _space(model, method, form, _growth(group, method, form, noise), memory.ritz)
     if space.size == 0 and space.is_free:
         return Result(Outcome("non_finite"), space, form, {})
     start = _start(group, method, model, space, noise)
     rates = of_groups(groups, "lr", model.gradient)
     if not tries:
         return Result(_untried(space, start, rates), space, form, {})
-    rate = noise.rate if isinstance(rates, Tensor) else rates * noise.rate
-    # A rate below one asks for short steps.
-    longest = group["max_extension"] if isinstance(rates, float) and rate == 1.0 else 1.0
-    least = LEAST_RATIO if noise.is_seen else control.BAD
-    options = Options(rate, group["max_trials"], group[method.size] is None, longest, least)
+    options = _options(group, group[method.size] is None, rates, noise)
     outcome = Step(problem, model, space, method.rule, options).take(start)
     if isinstance(rates, Tensor) and outcome.trial is not None:
         outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rates))
@@ -106,6 +101,20 @@ def minimise(
     return Result(outcome, space, form, learned)
 
 
+def _options(group: Mapping[str, Any], is_first: bool, rates: float | Tensor, noise: BatchNoise) -> Options:
+    """``is_first``: damping or radius are not known yet."""
+    rate = noise.rate if isinstance(rates, Tensor) else rates * noise.rate
+    # A rate below one asks for short steps, and a first damping or radius that was given for just that step.
+    is_free = isinstance(rates, float) and rate == 1.0 and (is_first or noise.before is not None)
+    return Options(
+        rate,
+        group["max_trials"],
+        is_bold=is_first or noise.is_news,
+        longest=group["max_extension"] if is_free else 1.0,
+        least_ratio=LEAST_RATIO if noise.is_seen else control.BAD,
+    )
+
+
 def _noise(problem: ClosureProblem, group: Mapping[str, Any], last: Tensor | None) -> BatchNoise:
     """Whether these are other samples; where they are, the last step is tried on them: an evaluation."""
     noise = BatchNoise(*(group["batch_noise"] or ()))
@@ -115,11 +124,12 @@ def _noise(problem: ClosureProblem, group: Mapping[str, Any], last: Tensor | Non
     return noise.tested(problem.evaluate(-last).value, problem.model().value)
 
 
-def _form(group: Mapping[str, Any], like: Tensor) -> Form:
+def form_of(group: Mapping[str, Any], n: int, dtype: torch.dtype) -> Form:
+    """The form of the space for ``n`` parameters, by the options of a group."""
     return choose(
         group["solver"],
-        like.numel(),
-        like.dtype,
+        n,
+        dtype,
         usual=group["usual_products"],
         memory=group["memory"],
         max_iter=group["max_iter"],
@@ -127,9 +137,15 @@ def _form(group: Mapping[str, Any], like: Tensor) -> Form:
     )
 
 
-def _space(
-    model: QuadraticModel, method: Method, form: Form, growth: Growth, ritz: Ritz | None
-) -> Subspace:
+def _growth(group: Mapping[str, Any], method: Method, form: Form, noise: BatchNoise) -> Growth:
+    """A residual that is asked for is met, whatever it gains."""
+    if group["rtol"] is not None:
+        return Growth(0.0, group["rtol"], form.max_size)
+    gain = min(group["gain"], GAIN) if noise.is_seen else group["gain"]
+    return Growth(gain, method.rtol, form.max_size)
+
+
+def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, ritz: Ritz | None) -> Subspace:
     if form.name == "formed":
         return Formed(model, method.bound)
     if form.name == "cg":
@@ -146,10 +162,10 @@ def _start(
         factor = MORE if noise.loses else 1.0
         return float(size * factor if damps else size / factor)
     curvature = abs(space.steepest())
-    if damps:
-        return min(max(FIRST_DAMPING * curvature, control.MIN_DAMPING), control.MAX_DAMPING) or 1.0
-    length = norm(model.gradient)
-    return length / curvature if curvature > 0 and math.isfinite(length / curvature) else 1.0
+    first = FIRST_DAMPING * curvature if damps else norm(model.gradient) / (curvature or math.inf)
+    if not 0 < first < math.inf:
+        return 1.0
+    return min(max(first, control.MIN_DAMPING), control.MAX_DAMPING) if damps else first
 
 
 def _settled(

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from optim.closure.evaluate import Evaluation
 from optim.methods.control import trust_radius
-from optim.methods.options import check_choice, check_count, check_optional, check_shared, refuse
+from optim.methods.options import check_choice, check_count, check_optional, check_shared, given, refuse
 from optim.methods.subspace import WITHIN
 from optim.methods.truncated import in_radius
 from optim.optimizers.base import SecondOrderOptimizer
@@ -20,16 +20,18 @@ from optim.optimizers.minimise import Method
 from optim.optimizers.report import StepReport
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
+# Relative residuals that leave little to gain: of a space (METHODS 12.1), and of CG.
+RTOL, CG_RTOL = 1e-2, 1e-2
 
 
 class Newton(SecondOrderOptimizer):
     """Newton's method: the exact Hessian, in a trust region.
 
-    Indefinite Hessians are no problem: the step minimises the quadratic model inside a ball, exactly where the
-    matrix is formed, else in a space that grows by products, in which another radius costs none.
+    Indefinite Hessians are no problem: the step minimises the quadratic model inside a ball, exactly where
+    the matrix is formed, else in a space that grows by products, in which another radius costs none.
 
-    Mini-batches: where the loss at the start of a step is not the one that the last step left, the radius follows
-    what steps gained on the samples that came next (``report.noisy``).
+    Mini-batches: where the loss at the start of a step is not the one that the last step left, the radius
+    follows what steps gained on the samples that came next (``report.noisy``).
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
@@ -42,13 +44,15 @@ class Newton(SecondOrderOptimizer):
         direct_limit: Largest number of parameters for which "auto" forms the Hessian.
         memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
             directions "auto" is "cg", and ``report.form`` says so.
-        gain: The space stops to grow where another product gains less than this part of what products
-            gained on average.
-        rtol: Or where its residual is below this, relative to the gradient; CG too.
+        rtol: Relative residual to which a step solves its system. None stops where another product does not
+            pay. CG stops at a
+            relative residual of 1e-2 then.
+        gain: Which is where it gains less than this part of what products gained on average; where batches
+            differ 0.3 at most.
         max_iter: Or at this many products; CG too.
         max_trials: Radii tried in one step.
-        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0 for
-            none. None are with an ``lr`` other than one, or where batches differ from step to step.
+        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0
+            for none. None are with an ``lr`` other than one, or where batches differ from step to step.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
             gradient and curvature, not in ``.grad``. May differ between groups.
         damping_scale: A step is measured by ``sqrt(sum_i damping_scale_i p_i^2)``: where it is large, entries
@@ -93,8 +97,8 @@ class Newton(SecondOrderOptimizer):
         solver: str = "auto",
         direct_limit: int = 1000,
         memory: float = 2.0**32,
+        rtol: float | None = None,
         gain: float = 1.0,
-        rtol: float = 1e-2,
         max_iter: int = 250,
         max_trials: int = 10,
         max_extension: float = 16.0,
@@ -106,7 +110,7 @@ class Newton(SecondOrderOptimizer):
         callback: Callable[[StepReport], Any] | None = None,
         **unsupported: Any,
     ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("self", "params", "unsupported", "__class__")}
+        options = given(locals())
         refuse(type(self), unsupported)
         super().__init__(params, options)
 
@@ -122,4 +126,5 @@ class Newton(SecondOrderOptimizer):
 
     def _method(self) -> Method:
         group = self.param_groups[0]
-        return Method("radius", WITHIN, trust_radius, in_radius(group["rtol"], group["max_iter"]))
+        solver = in_radius(group["rtol"] or CG_RTOL, group["max_iter"])
+        return Method("radius", WITHIN, trust_radius, solver, RTOL)

@@ -1,8 +1,8 @@
 """A closure at the present parameters as a ``Problem``: with weight decay, and in scaled variables.
 
-Groups may have their own ``damping_scale``. With ``q = sqrt(scale) p``, entry by entry, ``damping * norm(q)^2`` is the
-damping of each group times its scale, and a ball of ``q`` an ellipsoid in which entries of a large scale move less.
-All vectors that a method sees are of ``q``.
+Groups may have their own ``damping_scale``. With ``q = sqrt(scale) p``, entry by entry, ``damping *
+norm(q)^2`` is the damping of each group times its scale, and a ball of ``q`` an ellipsoid in which entries of
+a large scale move less. All vectors that a method sees are of ``q``.
 """
 
 from __future__ import annotations

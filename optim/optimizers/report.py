@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 # Of an optimizer, and why.
 NOT_TRIED = (
@@ -15,8 +13,29 @@ NOT_TRIED = (
 )
 
 
-@dataclass(frozen=True)
-class StepReport:
+class Seconds(NamedTuple):
+    """Of a step, by part. Equal to any other: what took another time is not another step.
+
+    Attributes:
+        record: The closure, and the set-up of its curvature.
+        products: With the curvature.
+        trials: Evaluations of the loss.
+        algebra: All else.
+    """
+
+    record: float
+    products: float
+    trials: float
+    algebra: float
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seconds)
+
+    def __hash__(self) -> int:
+        return hash(Seconds)
+
+
+class StepReport(NamedTuple):
     """What the last step did.
 
     Attributes:
@@ -24,15 +43,15 @@ class StepReport:
             weight decay.
         new_loss: The same after it; equal to ``loss`` where no step was taken, NaN where it was not tried.
         accepted: Whether the parameters moved.
-        rho: Reduction ratio, actual over predicted decrease, of the solution of the model that the step was made
-            of, before any search or extension; NaN when there was none.
+        rho: Reduction ratio, actual over predicted decrease, of the solution of the model that the step was
+            made of, before any search or extension; NaN when there was none.
         damping: Damping for the next step; 0.0 for a method with a radius.
         radius: Trust radius for the next step; infinity for a method with damping.
         gradient_norm: Euclidean norm of the gradient before the step.
         step_norm: Euclidean norm of the step taken.
-        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``; "stopped": another product would not have
-            paid), or "zero_gradient", "zero_lr", "non_finite" where there was nothing to solve; "noise_floor"
-            where loss and gradients show no decrease that rounding would not hide.
+        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``; "stopped": another product would not
+            have paid), or "zero_gradient", "zero_lr", "non_finite" where there was nothing to solve;
+            "noise_floor" where loss and gradients show no decrease that rounding would not hide.
         iterations: Dimension of the space in which the step was found, or iterations of CG in all trials.
         trials: Dampings or radii that were tried.
         products: With the curvature.
@@ -40,8 +59,7 @@ class StepReport:
         form: "grown", "formed" or "cg", and why.
         noisy: Whether the loss was of other samples than that which the last step left.
         gradient_equivalents: Cost of the step, in gradients.
-        seconds: Of the parts "record" (the closure and its curvature), "products", "trials" and "algebra". On a
-            device they are those of the host, which waits at reads. Not compared by ``==``.
+        seconds: By part; on a device those of the host, which waits at reads.
     """
 
     loss: float
@@ -60,7 +78,7 @@ class StepReport:
     form: str
     noisy: bool
     gradient_equivalents: float
-    seconds: Mapping[str, float] = field(compare=False, default_factory=dict)
+    seconds: Seconds
 
     def __repr__(self) -> str:
         size = f"damping={self.damping:.3g}" if self.radius == math.inf else f"radius={self.radius:.3g}"
@@ -71,7 +89,7 @@ class StepReport:
             f"step_norm={self.step_norm:.3g}, status={self.status!r}, iterations={self.iterations}, "
             f"trials={self.trials}, products={self.products}, curvature={self.curvature!r}, "
             f"form={self.form!r}{noisy}, gradient_equivalents={self.gradient_equivalents:.1f}, "
-            f"seconds={sum(self.seconds.values()):.3g})"
+            f"seconds={sum(self.seconds):.3g})"
         )
 
 
@@ -80,8 +98,8 @@ class History(list[StepReport]):
 
     def columns(self) -> dict[str, list[Any]]:
         """One list for each attribute of the reports; for ``seconds`` one for each part."""
-        names = [each.name for each in fields(StepReport) if each.name != "seconds"]
+        *names, _ = StepReport._fields
         table: dict[str, list[Any]] = {name: [getattr(report, name) for report in self] for name in names}
-        for part in ("record", "products", "trials", "algebra"):
-            table[f"seconds_{part}"] = [report.seconds.get(part, 0.0) for report in self]
+        for part in Seconds._fields:
+            table[f"seconds_{part}"] = [getattr(report.seconds, part) for report in self]
         return table

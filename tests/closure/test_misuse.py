@@ -213,7 +213,7 @@ def test_what_only_looks_stale_is_none(make, kind):
 
 def test_graphs_of_other_threads_are_looked_at_once():
     model = network()
-    optimizer = optim.Newton(model.parameters())
+    optimizer = optim.HessianFree(model.parameters(), max_extension=1.0)
     loss, calls = Fine.threads(model), []
 
     def closure():
@@ -315,7 +315,7 @@ def test_an_exhausted_iterator_says_what_to_do(make, left):
 
 def test_the_repeated_run_is_one_and_is_counted():
     x = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
-    optimizer, calls = optim.Newton([x]), []
+    optimizer, calls = optim.Newton([x], radius=1.0, max_extension=1.0), []
 
     def closure():
         calls.append(1)

@@ -63,9 +63,9 @@ def test_reduction_ratio(actual, predicted, rho):
 
 def test_noise():
     eps = 2.0**-52
-    assert control.is_noise(0.0, eps, 1.0, eps)
-    assert control.is_noise(-50 * eps, eps, 1.0, eps)  # cancellation inside the loss
-    assert not control.is_noise(0.0, 100 * eps, 1.0, eps)
-    assert not control.is_noise(-1.0, eps, 1.0, eps)
-    assert not control.is_noise(-math.inf, eps, 1.0, eps)
-    assert not control.is_noise(math.nan, eps, 1.0, eps)
+    assert control.is_noise(0.0, eps, control.noise_of(1.0, eps))
+    assert control.is_noise(-50 * eps, eps, control.noise_of(1.0, eps))  # cancellation inside the loss
+    assert not control.is_noise(0.0, 100 * eps, control.noise_of(1.0, eps))
+    assert not control.is_noise(-1.0, eps, control.noise_of(1.0, eps))
+    assert not control.is_noise(-math.inf, eps, control.noise_of(1.0, eps))
+    assert not control.is_noise(math.nan, eps, control.noise_of(1.0, eps))

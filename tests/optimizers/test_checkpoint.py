@@ -72,9 +72,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, way, dtype):
 
 def test_hooks_see_tensors_and_may_change_them():
     model = network(torch.bfloat16)
-    optimizer = optim.HessianFree(model.parameters())
+    optimizer = optim.HessianFree(model.parameters(), solver="cg")
     steps(model, optimizer, 2)
-    saved, again, seen = optimizer.state_dict(), optim.HessianFree(network(torch.bfloat16).parameters()), []
+    saved, seen = optimizer.state_dict(), []
+    again = optim.HessianFree(network(torch.bfloat16).parameters(), solver="cg")
 
     def doubled(_, state):
         entries = {i: {"cg_solution": 2 * e["cg_solution"]} for i, e in state["state"].items()}
@@ -132,7 +133,7 @@ def test_of_another_model():
     model, wide = network(), network(width=7)
     optimizer, other = (optim.HessianFree(m.parameters()) for m in (model, wide))
     steps(wide, other, 1)
-    text = r"cg_solution of parameter 0 has shape \(7, 4\) and the parameter \(6, 4\)"
+    text = r"ritz_vectors of parameter 0 has shape \(\d+, 7, 4\) and the parameter \(6, 4\)"
     with pytest.raises(ValueError, match=text):
         optimizer.load_state_dict(other.state_dict())
     assert not optimizer.state
@@ -153,7 +154,7 @@ def test_with_an_option_out_of_range(make):
     saved["param_groups"][0][name] = float("nan")
     with pytest.raises(ValueError, match=f"{name} must be a positive number, got nan"):
         optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0][name] == 1.0
+    assert optimizer.param_groups[0][name] is None
 
 
 def test_with_keys_of_the_user(make):

@@ -119,12 +119,12 @@ def assert_step_solves_the_damped_system(optimizer, case, decay, scale=1.0):
     w = torch.cat([p.detach().reshape(-1) for p in parameters])
     G = oracles.dense_gauss_newton(case)
     g = torch.cat([t.reshape(-1) for t in torch.autograd.grad(case.value(), parameters)])
-    damping = optimizer.param_groups[0]["damping"]
+    damping = 1.0
     shift = torch.as_tensor(decay + damping * scale, dtype=torch.float64).expand(len(w))
     expected = -torch.linalg.solve(G + torch.diag(shift), g + decay * w)
     for group in optimizer.param_groups:
         group.update(
-            {name: value for name, value in dict(rtol=1e-12, progress=1e-15).items() if name in group}
+            {k: v for k, v in dict(rtol=1e-12, progress=1e-15, damping=damping).items() if k in group}
         )
     optimizer.step(closure_of(case, optimizer))
     step = torch.cat([p.detach().reshape(-1) for p in parameters]) - w
@@ -370,10 +370,10 @@ def test_an_interrupt_in_a_solve_leaves_everything_as_it_was(make, error, monkey
         loss.backward()
         return loss
 
-    def interrupted(model):
+    def interrupted(*_):
         raise error("in the solve")
 
-    monkeypatch.setattr(optimizer, "_solve", interrupted)
+    monkeypatch.setattr(optimizer, "_method", interrupted)
     with pytest.raises(error, match="in the solve"):
         optimizer.step(closure)
     assert all(map(torch.equal, parameters, before))

@@ -117,7 +117,7 @@ def test_an_error_in_the_closure(make, at, error, after):
 def test_an_error_in_a_product(make, error, after, monkeypatch):
     """In the middle of a solve."""
     model = network()
-    options = {optim.HessianFree: {}, optim.Newton: {"solver": "cg", "radius": 100.0}}
+    options = {optim.HessianFree: {"rtol": 1e-9}, optim.Newton: {"solver": "cg", "radius": 100.0}}
     optimizer = make(model.parameters(), **options.get(make, {"solver": "cg"}))
     for _ in range(after):
         optimizer.step(closure_of(model, optimizer))
@@ -171,9 +171,8 @@ def test_trials_that_are_not_finite(make, value):
     model = network()
     optimizer = make(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
-    group = optimizer.param_groups[0]
-    control = group.get("damping", group.get("radius"))
-    calls = []
+    group, calls, control = optimizer.param_groups[0], [], 1.0
+    group["damping" if "damping" in group else "radius"] = control
 
     def fault(loss):
         calls.append(1)
@@ -249,15 +248,12 @@ def test_an_error_after_a_rejected_trial_restores_damping_and_radius(make):
     optimizer.step(closure_of(model, optimizer))
     snapshot, calls = Snapshot(model, optimizer), []
 
-    name = "damping" if "damping" in optimizer.param_groups[0] else "radius"
-    before = optimizer.param_groups[0][name]
-
     def fault(loss):
         """NaN in trials until the control has moved, then an interrupt."""
         calls.append(1)
         if len(calls) == 1:
             return loss
-        if optimizer.param_groups[0][name] == before:
+        if len(calls) < 4:
             return loss * float("nan")
         raise KeyboardInterrupt
 

@@ -39,8 +39,8 @@ def problem():
 def test_what_is_no_number_of_the_range(make, name, bad):
     w, closure = problem()
     optimizer = make([w])
-    if name not in optimizer.defaults:
-        return
+    if name not in optimizer.defaults or (bad is None and optimizer.defaults[name] is None):
+        return  # None: from the function
     optimizer.step(closure)
     before, value = w.detach().clone(), optimizer.param_groups[0][name]
     optimizer.param_groups[0][name] = bad

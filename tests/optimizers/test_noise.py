@@ -190,7 +190,7 @@ def test_a_gradient_that_the_loss_does_not_show_is_followed():
     ],
 )
 def test_what_the_loss_may_not_show(actual, predicted, unseen):
-    assert control.is_unseen(actual, predicted, 1.0, 2.0**-52) == unseen
+    assert control.is_unseen(actual, predicted, control.noise_of(1.0, 2.0**-52)) == unseen
 
 
 def test_a_quiet_ratio_loosens_at_most():
