@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from optim.methods.problem import Trial
+
 # A loss that differs by more than this, relative, is of other samples.
 CHANGE = 1e-3
 # Where they differ, of the step that these samples ask for (measured: .3 to 1 are alike on digits).
@@ -63,9 +65,9 @@ class BatchNoise(NamedTuple):
             return self
         return self._replace(kept=MEMORY * self.kept + (1 - MEMORY) * min(max(part, -1.0), 1.0))
 
-    def stepped(self, before: float, after: float) -> BatchNoise:
+    def stepped(self, before: float, trial: Trial | None) -> BatchNoise:
         """At the end of a step, with its losses on its own samples."""
-        return self._replace(before=before, expected=after)
+        return self._replace(before=before, expected=before if trial is None else trial.value)
 
     @property
     def rate(self) -> float:

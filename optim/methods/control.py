@@ -49,15 +49,18 @@ def is_noise(actual: float, predicted: float, noise: float) -> bool:
     return 0 < predicted <= noise and abs(actual) <= CANCELLATION * noise
 
 
-def is_unseen(actual: float, predicted: float, noise: float) -> bool:
-    """Whether a step that the loss refuses may yet be a decrease that the loss does not show.
+def is_refused(actual: float, predicted: float) -> bool:
+    """Whether the loss refuses a step of which the model promises a decrease."""
+    return predicted > 0 and not actual > ACCEPTANCE * predicted
+
+
+def is_unseen(actual: float, predicted: float, limit: float) -> bool:
+    """Whether a refused step may yet be a decrease that the loss does not show.
 
     The loss did not change at all, or decrease and prediction are such as a loss with large terms of
-    opposite sign rounds away.
+    opposite sign rounds away: both within ``limit``.
     """
-    limit = CANCELLATION * noise
-    refused = predicted > 0 and not actual > ACCEPTANCE * predicted
-    return refused and (actual == 0 or (predicted <= limit and abs(actual) <= limit))
+    return actual == 0 or (predicted <= limit and abs(actual) <= limit)
 
 
 def reduction_ratio(actual: float, predicted: float) -> float:

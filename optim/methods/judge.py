@@ -42,15 +42,17 @@ def judge(problem: Problem, model: QuadraticModel, trial: Trial, predicted: floa
     than a loss with cancelling terms rounds away, the actual decrease is that of the trapezoid rule,
     ``-(g + g_new) . step / 2``: one more gradient.
     """
-    actual = problem.decrease(trial)
-    noise = problem.noise(trial)
-    rho = control.reduction_ratio(actual, predicted)
-    in_noise = control.is_noise(actual, predicted, noise)
-    if not in_noise and not control.is_unseen(actual, predicted, noise):
-        return Judgement(rho)
+    actual, noise = problem.decrease(trial), problem.noise(trial)
+    rho, limit = control.reduction_ratio(actual, predicted), control.CANCELLATION * noise
+    if not control.is_noise(actual, predicted, noise):
+        if not control.is_refused(actual, predicted):
+            return Judgement(rho)
+        limit = max(limit, problem.rounding())
+        if not control.is_unseen(actual, predicted, limit):
+            return Judgement(rho)
     trapezoid = -0.5 * float((model.gradient + problem.gradient(trial)).dot(trial.step))
     by_gradients = control.reduction_ratio(trapezoid, predicted)
-    if by_gradients > control.ACCEPTANCE or predicted <= control.CANCELLATION * noise:
+    if by_gradients > control.ACCEPTANCE or predicted <= limit:
         return Judgement(by_gradients, True, control.REACH * predicted > noise)
     # Both say that a large step gains nothing; at a loss of zero there is no rounding to compare with.
     return Judgement(rho, trial.value == 0)

@@ -50,7 +50,10 @@ class Problem(Protocol):
         """The actual decrease, as exactly as the problem knows it."""
 
     def noise(self, trial: Trial) -> float:
-        """Rounding of ``decrease``: a smaller one means nothing."""
+        """Usual rounding of ``decrease``: a smaller one means nothing."""
+
+    def rounding(self) -> float:
+        """The most that rounding may change a value by; asked for where a trial is refused."""
 
     def gradient(self, trial: Trial) -> Tensor:
         """The gradient after the step, shape (n,); asked for where the decrease is noise."""

@@ -53,16 +53,22 @@ class Subspace(Protocol):
     """Where the model is minimised.
 
     Attributes:
-        products: With the curvature, so far.
-        seconds: In those products, as the host sees them.
-        size: Dimension, so far; 0 where the first products are not finite.
         is_free: Another damping or radius costs no product.
     """
 
-    products: int
-    seconds: float
-    size: int
     is_free: bool
+
+    @property
+    def products(self) -> int:
+        """With the curvature, so far."""
+
+    @property
+    def seconds(self) -> float:
+        """In those products, as the host sees them."""
+
+    @property
+    def size(self) -> int:
+        """Dimension, so far; 0 where the first products are not finite."""
 
     def solve(self, size: float) -> Solution:
         """Minimise with damping ``size``, or within that radius."""

@@ -18,24 +18,21 @@ from torch.optim.optimizer import ParamsT
 
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from optim.closure.source import Source
-from optim.methods.grown import Grown
 from optim.methods.options import OF_GROUPS, check_flags, check_groups, check_joint, make_plain
-from optim.methods.step import Outcome
-from optim.methods.truncated import Truncated
-from optim.optimizers import kept
 from optim.optimizers.account import Clock, Cost, reported
 from optim.optimizers.checkpoint import packed, unpack
 from optim.optimizers.checks import Notices
 from optim.optimizers.curvature import PRODUCT_COST, Curvature
 from optim.optimizers.decay import WeightDecay
-from optim.optimizers.groups import joint, moving
-from optim.optimizers.minimise import Memory, Method, Result, form_of, minimise
+from optim.optimizers.groups import Groups, joint, moving
+from optim.optimizers.kept import VALUES, Kept
+from optim.optimizers.minimise import Method, make_state, minimise
 from optim.optimizers.problem import ClosureProblem
 from optim.optimizers.report import History, StepReport
 from secondorder.autodiff.guard import surely
 
 # Learned, in all groups: None before the first step.
-LEARNED: dict[str, Any] = {"batch_noise": None, "usual_products": 0.0, kept.VALUES: ()}
+LEARNED: dict[str, Any] = {"batch_noise": None, "usual_products": 0.0, VALUES: ()}
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -45,8 +42,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     history: History | None = None
     _model: nn.Module | None = None
     _callback: Callable[[StepReport], Any] | None = None
-    # Whether the last solution of CG is kept for the next step.
-    _keeps_solution = False
 
     def __init__(self, params: ParamsT, options: dict[str, Any]) -> None:
         """``options``: those of groups, and ``model``, ``history`` and ``callback``."""
@@ -173,13 +168,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         check_groups(self.param_groups, self.defaults, self._check_options)
         parameters = joint(self.param_groups, type(self).__name__)
-        if not self._has_something(closure, parameters):
-            self._make_state(parameters)
+        state = Kept(self.state, self.param_groups, parameters)
+        if not _has_something(closure, self._source, self.param_groups, parameters):
+            make_state(state, self.param_groups[0], self._method(), parameters)
             return None
         sign = -1 if self.param_groups[0]["maximize"] else 1
         evaluator = self._source.evaluator(closure, parameters, sign)
         with evaluator.restored_on_error(), _restored(self), self._source.suspended():
-            loss, report = self._step(evaluator, parameters)
+            loss, report = self._step(evaluator, state, parameters)
         self.report = report
         if self.history is not None:
             self.history.append(report)
@@ -187,21 +183,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self._callback(report)
         return loss
 
-    def _has_something(self, closure: Callable[[], Any] | None, parameters: list[Tensor]) -> bool:
-        """A closure or a gradient. One of zeros counts where it was computed and weights decay."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        if closure is not None or any(bool(grad.any()) for grad in grads):
-            return True
-        return bool(grads and self._source.has_seen() and WeightDecay.of(self.param_groups))
-
-    def _make_state(self, parameters: list[Tensor]) -> None:
-        """Fill ``state`` as a first step does: distributed checkpoints take one on zero gradients for it."""
-        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-        form = form_of(self.param_groups[0], sum(p.numel() for p in parameters), dtype).name
-        if form == "grown" or (form == "cg" and self._keeps_solution):
-            kept.make(self.state, parameters, kept.VECTORS if form == "grown" else kept.SOLUTION)
-
-    def _step(self, evaluator: ClosureEvaluator, parameters: list[Tensor]) -> tuple[Tensor, StepReport]:
+    def _step(
+        self, evaluator: ClosureEvaluator, state: Kept, parameters: list[Tensor]
+    ) -> tuple[Tensor, StepReport]:
         """Record, model, minimise, move."""
         clock = Clock()
         evaluation = evaluator.record()
@@ -211,37 +195,21 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 curvature = self._curvature(evaluation)
             problem = ClosureProblem(evaluator, evaluation, curvature.operator, self.param_groups)
             clock.recorded()
-            result = self._minimise(problem, parameters, tries=not evaluation.partial)
+            result = minimise(problem, self.param_groups, self._method(), state, not evaluation.partial)
         cost = Cost(repeated, PRODUCT_COST[type(curvature.operator)])
         report = reported(problem, result, self.param_groups[0], curvature.description, cost, clock)
         problem.move(result.outcome.trial, then=lambda: self._source.close(parameters))
         return evaluation.loss, report
 
-    def _minimise(self, problem: ClosureProblem, parameters: list[Tensor], tries: bool) -> Result:
-        """The step to take; what it leaves is kept for the next."""
-        groups = self.param_groups
-        if not bool(problem.model().gradient.any()):
-            return Result(Outcome("zero_gradient"))
-        if not any(float(group["lr"]) > 0 for group in groups):
-            return Result(Outcome("zero_lr"))
-        last = kept.vector_of(self.state, parameters, kept.STEP)
-        memory = Memory(kept.ritz_of(self.state, groups[0], parameters), last)
-        result = minimise(problem, groups, self._method(), memory, tries)
-        learned = {**result.learned, **self._keep(result, parameters)}
-        for group in groups:
-            group.update(learned)
-        return result
 
-    def _keep(self, result: Result, parameters: list[Tensor]) -> dict[str, Any]:
-        """Keep vectors for the next step; returned, what the groups keep."""
-        space, trial = result.space, result.outcome.trial
-        if self._keeps_solution and isinstance(space, Truncated) and space.last is not None:
-            kept.keep_vector(self.state, parameters, kept.SOLUTION, space.last)
-        if result.is_noisy:
-            zero = sum(p.numel() for p in parameters)
-            step = parameters[0].new_zeros(zero) if trial is None else trial.step
-            kept.keep_vector(self.state, parameters, kept.STEP, step)
-        return kept.keep_space(self.state, parameters, space) if isinstance(space, Grown) else {}
+def _has_something(
+    closure: Callable[[], Any] | None, source: Source, groups: Groups, parameters: list[Tensor]
+) -> bool:
+    """A closure or a gradient. One of zeros counts where it was computed and weights decay."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if closure is not None or any(bool(grad.any()) for grad in grads):
+        return True
+    return bool(grads and source.has_seen() and WeightDecay.of(groups))
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ from optim.methods.options import (
 )
 from optim.methods.subspace import DAMPED
 from optim.methods.truncated import truncated_gradients
-from optim.optimizers import kept
 from optim.optimizers.base import SecondOrderOptimizer
 from optim.optimizers.curvature import Curvature, gauss_newton
 from optim.optimizers.groups import moving
+from optim.optimizers.kept import SOLUTION, Kept
 from optim.optimizers.minimise import Method
 from optim.optimizers.report import StepReport
 
@@ -104,8 +104,6 @@ class HessianFree(SecondOrderOptimizer):
         True
     """
 
-    _keeps_solution = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -147,8 +145,9 @@ class HessianFree(SecondOrderOptimizer):
         return gauss_newton(evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices)
 
     def _method(self) -> Method:
-        group = self.param_groups[0]
-        last = kept.vector_of(self.state, moving(self.param_groups), kept.SOLUTION)
-        start = None if last is None else group["decay"] * last
-        solver = truncated_gradients(group["progress"], group["max_iter"], start)
-        return Method("damping", DAMPED, martens if group["solver"] == "cg" else marquardt, solver, RTOL)
+        groups = self.param_groups
+        progress, decay, max_iter = (groups[0][name] for name in ("progress", "decay", "max_iter"))
+        last = Kept(self.state, groups, moving(groups)).vector(SOLUTION)
+        solver = truncated_gradients(progress, max_iter, None if last is None else decay * last)
+        rule = martens if groups[0]["solver"] == "cg" else marquardt
+        return Method("damping", DAMPED, rule, solver, RTOL, keeps_solution=True)

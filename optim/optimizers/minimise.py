@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,13 @@ from optim.methods.batches import GAIN, LEAST_RATIO, MORE, BatchNoise
 from optim.methods.control import Rule
 from optim.methods.formed import Formed
 from optim.methods.forms import Form, choose, usual_cost
-from optim.methods.grown import Grown, Growth, Ritz, norm
+from optim.methods.grown import Grown, Growth, norm
 from optim.methods.problem import QuadraticModel, Trial
 from optim.methods.step import Options, Outcome, Step
 from optim.methods.subspace import Bound, Subspace
 from optim.methods.truncated import Solver, Truncated
 from optim.optimizers.groups import Groups, of_groups
+from optim.optimizers.kept import SOLUTION, STEP, VECTORS, Kept
 from optim.optimizers.problem import ClosureProblem
 from secondorder.vectors.flat import is_finite
 
@@ -38,6 +39,7 @@ class Method(NamedTuple):
         rule: How it follows the trials.
         truncated: CG in place of a space.
         rtol: Relative residual at which a space need not grow, where none is asked for.
+        keeps_solution: Whether CG starts from its last solution.
     """
 
     size: str
@@ -45,60 +47,65 @@ class Method(NamedTuple):
     rule: Rule
     truncated: Solver
     rtol: float
-
-
-class Memory(NamedTuple):
-    """Vectors that the last step left; None where there are none."""
-
-    ritz: Ritz | None = None
-    step: Tensor | None = None
+    keeps_solution: bool = False
 
 
 class Result(NamedTuple):
-    """What a step came to, in what space, and the numbers that it leaves to the next."""
+    """What a step came to, and in what space; ``is_noisy`` where the last one was on other samples."""
 
     outcome: Outcome
     space: Subspace | None = None
     form: Form | None = None
-    learned: Mapping[str, Any] = {}
-
-    @property
-    def is_noisy(self) -> bool:
-        """Whether the samples were others than those of the last step."""
-        return bool(self.learned) and BatchNoise(*self.learned["batch_noise"]).is_seen
+    is_noisy: bool = False
 
 
-def minimise(problem: ClosureProblem, groups: Groups, method: Method, memory: Memory, tries: bool) -> Result:
-    """Choose the space, and find the step in it.
+def minimise(problem: ClosureProblem, groups: Groups, method: Method, state: Kept, tries: bool) -> Result:
+    """Find the step to take; what it leaves is kept for the next.
 
     Args:
         problem: At the present parameters.
         groups: Of the optimizer; the first has the joint options.
         method: Of the optimizer.
-        memory: Of the last step.
+        state: What the last step left.
         tries: Whether the loss can judge a step; else the first solution is it.
     """
     group, model = groups[0], problem.model()
-    form = form_of(group, model.gradient.numel(), model.gradient.dtype)
-    noise = _noise(problem, group, memory.step) if tries else BatchNoise()
-    space = _space(model, method, form, _growth(group, method, form, noise), memory.ritz)
-    if space.size == 0 and space.is_free:
-        return Result(Outcome("non_finite"), space, form, {})
-    start = _start(group, method, model, space, noise)
+    if not bool(model.gradient.any()):
+        return Result(Outcome("zero_gradient"))
+    if not any(float(each["lr"]) > 0 for each in groups):
+        return Result(Outcome("zero_lr"))
     rates = of_groups(groups, "lr", model.gradient)
-    if not tries:
-        return Result(_untried(space, start, rates), space, form, {})
-    options = _options(group, group[method.size] is None, rates, noise)
-    outcome = Step(problem, model, space, method.rule, options).take(start)
-    if isinstance(rates, Tensor) and outcome.trial is not None:
-        outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rates))
-    value = model.value if outcome.trial is None else outcome.trial.value
-    learned = {
-        method.size: _settled(outcome.size, start, method, space, noise),
-        "batch_noise": tuple(noise.stepped(model.value, value)),
-        "usual_products": usual_cost(group["usual_products"], form, space.products),
-    }
-    return Result(outcome, space, form, learned)
+    noise = _noise(problem, group, state) if tries else BatchNoise()
+    form = form_of(group, model.gradient.numel(), model.gradient.dtype)
+    space = _space(model, method, form, _growth(group, method, form, noise), state)
+    if space.size == 0 and space.is_free:
+        return Result(Outcome("non_finite"), space, form)
+    start = _start(group, method, model, space, noise)
+    if tries:
+        options = _options(group, group[method.size] is None, rates, noise)
+        outcome = Step(problem, model, space, method.rule, options).take(start)
+        if isinstance(rates, Tensor) and outcome.trial is not None:
+            outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rates))
+        noise = noise.stepped(model.value, outcome.trial)
+        state.learn(
+            **{method.size: _settled(outcome.size, start, method, space, noise)},
+            batch_noise=tuple(noise),
+            usual_products=usual_cost(group["usual_products"], form, space.products),
+        )
+    else:
+        outcome = _untried(space, start, rates)
+    state.keep_space(space, method.keeps_solution)
+    if noise.is_seen:
+        state.keep_step(outcome.trial)
+    return Result(outcome, space, form, noise.is_seen)
+
+
+def make_state(state: Kept, group: Mapping[str, Any], method: Method, parameters: Sequence[Tensor]) -> None:
+    """What a first step would fill it with, where there is no gradient for one."""
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    form = form_of(group, sum(p.numel() for p in parameters), dtype).name
+    if form == "grown" or (form == "cg" and method.keeps_solution):
+        state.make(VECTORS if form == "grown" else SOLUTION)
 
 
 def _options(group: Mapping[str, Any], is_first: bool, rates: float | Tensor, noise: BatchNoise) -> Options:
@@ -115,11 +122,12 @@ def _options(group: Mapping[str, Any], is_first: bool, rates: float | Tensor, no
     )
 
 
-def _noise(problem: ClosureProblem, group: Mapping[str, Any], last: Tensor | None) -> BatchNoise:
+def _noise(problem: ClosureProblem, group: Mapping[str, Any], state: Kept) -> BatchNoise:
     """Whether these are other samples; where they are, the last step is tried on them: an evaluation."""
     noise = BatchNoise(*(group["batch_noise"] or ()))
     noise = noise.observed(problem.model().value, problem.outputs())
-    if not noise.is_seen or last is None:
+    last = state.vector(STEP) if noise.is_seen else None
+    if last is None:
         return noise
     return noise.tested(problem.evaluate(-last).value, problem.model().value)
 
@@ -145,12 +153,12 @@ def _growth(group: Mapping[str, Any], method: Method, form: Form, noise: BatchNo
     return Growth(gain, method.rtol, form.max_size)
 
 
-def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, ritz: Ritz | None) -> Subspace:
+def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, state: Kept) -> Subspace:
     if form.name == "formed":
         return Formed(model, method.bound)
     if form.name == "cg":
         return Truncated(model, method.truncated, damps=method.size == "damping")
-    return Grown(model, method.bound, growth, ritz)
+    return Grown(model, method.bound, growth, state.ritz())
 
 
 def _start(

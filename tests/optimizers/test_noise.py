@@ -181,16 +181,21 @@ def test_a_gradient_that_the_loss_does_not_show_is_followed():
     [
         (0.0, 1.0, True),  # no change at all
         (-1e-13, 1e-13, True),  # cancellation
-        (1e-13, 1e-13, False),  # a decrease is one
         (-1e-3, 1e-13, False),
         (-1e-13, 1e-3, False),
         (-math.inf, 1e-13, False),
         (math.nan, 1e-13, False),
-        (0.0, 0.0, False),
     ],
 )
 def test_what_the_loss_may_not_show(actual, predicted, unseen):
-    assert control.is_unseen(actual, predicted, control.noise_of(1.0, 2.0**-52)) == unseen
+    limit = control.CANCELLATION * control.noise_of(1.0, 2.0**-52)
+    assert control.is_refused(actual, predicted)
+    assert control.is_unseen(actual, predicted, limit) == unseen
+
+
+def test_what_the_loss_refuses():
+    assert not control.is_refused(1e-13, 1e-13)  # a decrease is one
+    assert not control.is_refused(0.0, 0.0)
 
 
 def test_a_quiet_ratio_loosens_at_most():

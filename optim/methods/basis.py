@@ -1,0 +1,93 @@
+"""An orthonormal basis with its products, grown one direction at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from secondorder import LinearOperator
+
+# A direction of which a second orthogonalisation leaves less is rounding ("twice is enough", Parlett 1980).
+INDEPENDENT = 0.5
+FIRST_CAPACITY = 16
+
+
+class Basis:
+    """``V``, ``B V``, ``V^T B V`` and ``(B V)^T B V``. One product and one host read a direction.
+
+    Args:
+        B: Symmetric operator.
+        first: A direction, shape (n,).
+        max_size: Directions that may be added.
+
+    Attributes:
+        size: Directions, ``k``; 0 where the first product was not finite.
+        products: That were made.
+        seconds: In them.
+        is_full: No direction can be added, or none is left that would not be rounding.
+        H: ``V^T B V`` and more, on the host in double precision, at least (k, k).
+        G: ``(B V)^T B V`` likewise.
+    """
+
+    def __init__(self, B: LinearOperator, first: Tensor, max_size: int) -> None:
+        self._B, self._max_size = B, min(max_size, first.numel())
+        capacity = min(FIRST_CAPACITY, self._max_size)
+        # As rows.
+        self._V, self._W = (first.new_empty(capacity, first.numel()) for _ in range(2))
+        self.H, self.G = (torch.zeros(capacity, capacity, dtype=torch.float64) for _ in range(2))
+        self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.size = self.products = 0
+        self.seconds = 0.0
+        self.is_full = False
+        self.add(first)
+
+    def add(self, t: Tensor) -> None:
+        """Another direction, made orthogonal to the others, and its product."""
+        k = self.size
+        self._reserve(k + 1)
+        V, W = self._V[: k + 1], self._W[: k + 1]
+        once = t
+        for _ in range(2 if k else 0):
+            once, t = t, torch.addmv(t, V[:k].T, V[:k] @ t, alpha=-1.0)
+        lengths = torch.stack([torch.linalg.vector_norm(once), torch.linalg.vector_norm(t)])
+        torch.div(t, lengths[1], out=V[k])
+        start = time.perf_counter()
+        W[k] = self._B @ V[k]
+        self.products += 1
+        self.seconds += time.perf_counter() - start
+        read = torch.cat([V @ W[k], W @ W[k], lengths]).tolist()
+        column, square, (first, second) = read[: k + 1], read[k + 1 : 2 * k + 2], read[-2:]
+        if not all(map(math.isfinite, column)) or (k and not second > INDEPENDENT * first):
+            self.is_full = True
+            return
+        for matrix, entries in ((self.H, column), (self.G, square)):
+            matrix[k, : k + 1] = matrix[: k + 1, k] = torch.tensor(entries, dtype=torch.float64)
+        self.size = k + 1
+        self.is_full = self.size >= self._max_size
+
+    def spectrum(self, k: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, ascending, and eigenvectors of ``V^T B V`` in the first ``k`` directions."""
+        if k not in self._eigen:
+            self._eigen[k] = torch.linalg.eigh(self.H[:k, :k])
+        return self._eigen[k]
+
+    def combined(self, y: Tensor) -> Tensor:
+        """``V y``, shape (n,); of a matrix (j, k) of coordinates its rows, shape (j, n)."""
+        return y.to(self._V) @ self._V[: self.size]
+
+    def outside(self, y: Tensor) -> Tensor:
+        """What ``B V y`` has outside of the space, shape (n,)."""
+        k = self.size
+        both = torch.stack([self.H[:k, :k] @ y, y]).to(self._V)
+        return torch.addmv(self._W[:k].T @ both[1], self._V[:k].T, both[0], alpha=-1.0)
+
+    def _reserve(self, size: int) -> None:
+        capacity = len(self._V)
+        if size <= capacity:
+            return
+        more = max(min(2 * capacity, self._max_size), size) - capacity
+        self._V, self._W = (torch.cat([M, M.new_empty(more, M.shape[1])]) for M in (self._V, self._W))
+        self.H, self.G = (torch.nn.functional.pad(M, (0, more, 0, more)) for M in (self.H, self.G))
