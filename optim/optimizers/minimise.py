@@ -92,6 +92,8 @@ def minimise(problem: ClosureProblem, groups: Groups, method: Method, state: Kep
             batch_noise=tuple(noise),
             usual_products=usual_cost(group["usual_products"], form, space.products),
         )
+        if isinstance(method.rule, control.Nielsen):
+            state.learn(damping_growth=method.rule.growth)
     else:
         outcome = _untried(space, start, rates)
     state.keep_space(space, method.keeps_solution)

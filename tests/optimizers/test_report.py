@@ -1,0 +1,234 @@
+"""What a step says of itself: the report, its history, the callback; and the forms that memory allows."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+
+import optim
+from optim.methods import control
+from optim.optimizers.report import Seconds
+
+OPTIMIZERS = [optim.Newton, optim.HessianFree, optim.GaussNewton]
+
+
+@pytest.fixture(params=OPTIMIZERS, ids=lambda cls: cls.__name__)
+def make(request):
+    return request.param
+
+
+def train(optimizer, case, steps=3):
+    def closure():
+        optimizer.zero_grad()
+        loss = case.value()
+        loss.backward()
+        return loss
+
+    return [float(optimizer.step(closure)) for _ in range(steps)]
+
+
+def test_history_is_a_table(make):
+    case = zoo.network("mlp_cross_entropy")
+    optimizer = make(case.model.parameters(), history=True)
+    losses = train(optimizer, case)
+    assert [report.loss for report in optimizer.history] == losses
+    assert optimizer.history[-1] is optimizer.report
+    columns = optimizer.history.columns()
+    assert columns["loss"] == losses
+    assert columns["new_loss"][:-1] == pytest.approx(losses[1:])
+    parts = [f"seconds_{part}" for part in Seconds._fields]
+    assert set(columns) == {*optim.StepReport._fields[:-1], *parts}
+    assert all(len(column) == 3 for column in columns.values())
+    assert all(value >= 0 for part in parts for value in columns[part])
+    assert copy.deepcopy(optimizer).history == optimizer.history
+
+
+def test_without_it_nothing_is_kept(make):
+    case = zoo.network("mlp_mse")
+    optimizer = make(case.model.parameters())
+    train(optimizer, case)
+    assert optimizer.history is None
+
+
+def test_callback_sees_every_step(make):
+    case, seen = zoo.network("mlp_mse"), []
+    optimizer = make(case.model.parameters(), callback=seen.append)
+    train(optimizer, case)
+    assert len(seen) == 3
+    assert seen[-1] is optimizer.report
+    with pytest.raises(TypeError, match="callback must be a function of a StepReport, got str"):
+        make(case.model.parameters(), callback="print")
+    with pytest.raises(ValueError, match="history must be True or False, got 1"):
+        make(case.model.parameters(), history=1)
+
+
+def test_an_error_in_a_callback_comes_after_the_step(make):
+    case = zoo.network("mlp_mse")
+    optimizer = make(case.model.parameters(), callback=lambda report: 1 / 0)
+    start = case.value().item()
+    with pytest.raises(ZeroDivisionError):
+        train(optimizer, case, 1)
+    assert optimizer.report.accepted
+    assert case.value().item() == pytest.approx(optimizer.report.new_loss)
+    assert case.value().item() < start
+
+
+def test_two_runs_make_equal_reports(make):
+    """Seconds are not compared: no two runs take the same."""
+    reports = []
+    for _ in range(2):
+        case = zoo.network("mlp_cross_entropy")
+        optimizer = make(case.model.parameters())
+        train(optimizer, case)
+        reports.append(optimizer.report)
+    assert reports[0] == reports[1]
+    assert reports[0] != reports[1]._replace(loss=0.0)
+
+
+def test_repr_names_form_and_noise(make):
+    case = zoo.network("mlp_mse")
+    optimizer = make(case.model.parameters())
+    train(optimizer, case, 1)
+    text = repr(optimizer.report)
+    assert "form='grown (by products)'" in text
+    assert "noisy" not in text
+    assert "noisy=True" in repr(optimizer.report._replace(noisy=True))
+
+
+def test_products_and_cost_add_up(make):
+    case = zoo.network("mlp_cross_entropy")
+    optimizer = make(case.model.parameters(), max_extension=1.0)
+    train(optimizer, case, 1)
+    report = optimizer.report
+    assert report.products == report.iterations > 0
+    each = 2.0 if make is optim.Newton else 4 / 3
+    evaluations = 3 * (report.gradient_equivalents - 2 - each * report.products)
+    assert evaluations == pytest.approx(round(evaluations))
+    # The repeated run, and at least one trial.
+    assert evaluations > 1.5
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_short_memory_means_cg_and_is_said(make):
+    case = zoo.network("mlp_cross_entropy")
+    optimizer = make(case.model.parameters(), memory=100.0)
+    losses = train(optimizer, case, 10)
+    assert optimizer.report.form.startswith("cg (memory=100 bytes hold 0 directions")
+    assert losses[-1] < losses[0]
+
+
+def test_memory_bounds_the_dimension():
+    case = zoo.network("mlp_cross_entropy")
+    n = sum(p.numel() for p in case.model.parameters())
+    optimizer = optim.GaussNewton(case.model.parameters(), memory=3 * 8 * n * 9.0, rtol=1e-12)
+    train(optimizer, case)
+    assert optimizer.report.iterations == 9
+    assert optimizer.report.status == "max_iter"
+
+
+@pytest.mark.parametrize("memory", [0, -1.0, float("nan"), "4GB"])
+def test_memory_out_of_range(memory):
+    with pytest.raises(ValueError, match="memory must be a positive number"):
+        optim.HessianFree([torch.ones(2, requires_grad=True)], memory=memory)
+
+
+def test_mini_batches_are_noticed(make):
+    torch.manual_seed(0)
+    X, model = (
+        torch.randn(120, 4),
+        torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)),
+    )
+    y = (X[:, 0] > 0).long() + (X[:, 1] > 0.3).long()
+    optimizer, start = make(model.parameters()), F.cross_entropy(model(X), y).item()
+    seen = []
+    for _ in range(10):
+        for rows in torch.randperm(120).split(30):
+            optimizer.step(lambda rows=rows: F.cross_entropy(model(X[rows]), y[rows]))
+            seen.append(optimizer.report.noisy)
+    assert not seen[0]
+    assert sum(seen) > 30
+    assert F.cross_entropy(model(X), y).item() < 0.3 * start
+    # A checkpoint goes on with the last step, which the next batch is tried on.
+    assert all("last_step" in optimizer.state[p] for p in model.parameters())
+
+
+def test_dropout_is_noise_too(make):
+    torch.manual_seed(0)
+    X = torch.randn(60, 4)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Dropout(0.3), torch.nn.Linear(16, 2)
+    )
+    optimizer = make(model.parameters())
+    for _ in range(12):
+        optimizer.step(lambda: F.cross_entropy(model(X), (X[:, 0] > 0).long()))
+    assert optimizer.report.noisy
+    assert optimizer.report.new_loss < 0.4
+
+
+@pytest.mark.parametrize("rule", ["marquardt", "nielsen"])
+def test_damping_follows_the_rule_that_was_named(rule):
+    case = zoo.network("mlp_mse")
+    optimizer = optim.GaussNewton(case.model.parameters(), rule=rule)
+    train(optimizer, case, 1)
+    compared = 0
+    for _ in range(10):
+        before = optimizer.report.damping
+        train(optimizer, case, 1)
+        report = optimizer.report
+        if report.trials == 1:
+            follow = {
+                "marquardt": control.marquardt_damping,
+                "nielsen": lambda damping, rho: control.nielsen_damping(damping, 2.0, rho)[0],
+            }[rule]
+            # Never below what would change nothing.
+            assert report.damping >= follow(before, report.rho) * (1 - 1e-12)
+            compared += report.damping == pytest.approx(follow(before, report.rho), rel=1e-9)
+    assert compared >= 5
+    with pytest.raises(ValueError, match="rule must be one of 'marquardt', 'nielsen', got 'x'"):
+        optim.GaussNewton(case.model.parameters(), rule="x")
+
+
+def test_the_growth_of_nielsens_rule_lasts():
+    """Rejections in a row raise damping by 2, 4, 8, ..., over the steps."""
+    case, calls = zoo.network("mlp_mse"), []
+    optimizer = optim.GaussNewton(case.model.parameters(), rule="nielsen", damping=1.0, max_trials=2)
+
+    def closure():
+        calls.append(1)
+        return case.value() * (1.0 if is_recorded else float("nan"))
+
+    class Recorded:
+        def __bool__(self):
+            return len(calls) == 1
+
+    is_recorded = Recorded()
+    for expected in (8.0, 8.0 * 8 * 16):
+        calls.clear()
+        optimizer.step(closure)
+        assert not optimizer.report.accepted
+        assert optimizer.report.damping == expected
+
+
+def test_first_damping_and_radius_come_from_the_function():
+    """A tenth of the curvature along the gradient; the length of Newton's step along it."""
+    curvatures = torch.linspace(1.0, 50.0, 30, dtype=torch.float64)
+    for scale in (1e-6, 1.0, 1e6):
+        x = torch.ones(30, dtype=torch.float64, requires_grad=True)
+        seen = []
+
+        class Spy(optim.Newton):
+            def _method(self, seen=seen):
+                method = super()._method()
+
+                def rule(size, rho, length, seen=seen, rule=method.rule):
+                    seen.append(size)
+                    return rule(size, rho, length)
+
+                return method._replace(rule=rule)
+
+        Spy([x]).step(lambda x=x, scale=scale: 0.5 * scale * (curvatures * x.square()).sum())
+        g = scale * curvatures
+        steepest = float((g * g * scale * curvatures).sum() / (g * g).sum())
+        assert seen[0] == pytest.approx(float(g.norm()) / steepest, rel=1e-9)
