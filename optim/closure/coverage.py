@@ -46,6 +46,7 @@ def cover(
     roots: Sequence[Tensor],
     root_gradients: Sequence[Tensor],
     parameters: Sequence[Tensor],
+    is_positive: bool = False,
 ) -> Coverage:
     """The Gauss-Newton blocks of ``sum_i root_gradients_i . roots_i``, proved to be all of it.
 
@@ -53,12 +54,13 @@ def cover(
     reached from the roots without passing a loss, nor from a loss without passing its outputs, and the
     objective is linear in the losses with weights that are not negative. Losses are those that are met first
     on the way from the roots; elementary functions in which the objective is not linear are no losses.
+    ``is_positive``: the ``root_gradients`` are known to be, without looking at numbers.
     """
     live = [recorded for recorded in losses if recorded.outputs.requires_grad]
     if not live:
         return Coverage((), "no known loss was called")
     used = _used(roots, root_gradients, live)
-    if reason := _gap(roots, used, parameters):
+    if reason := _gap(roots, used, parameters, is_positive):
         return Coverage((), reason)
     names = dict.fromkeys(recorded.name for recorded, _ in used)
     return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names))
@@ -81,7 +83,10 @@ def _used(
 
 
 def _gap(
-    roots: Sequence[Tensor], used: Sequence[tuple[RecordedLoss, Tensor]], parameters: Sequence[Tensor]
+    roots: Sequence[Tensor],
+    used: Sequence[tuple[RecordedLoss, Tensor]],
+    parameters: Sequence[Tensor],
+    is_positive: bool,
 ) -> str:
     """Why the losses are not all that the objective is; empty where they are."""
     if not used:
@@ -95,7 +100,10 @@ def _gap(
         return "the objective is not linear in the known losses"
     if any(recorded.outputs._version != recorded.version for recorded, _ in used):
         return CHANGED
-    if not all(_has_fitting_weight(recorded, weight) for recorded, weight in used):
+    # A root that is a loss has its own weight, which need not be read.
+    known = {edge_of(root) for root in roots} if is_positive and len(roots) == 1 else set()
+    rest = [(r, w) for r, w in used if r.sign < 0 or edge_of(r.loss) not in known]
+    if not all(_has_fitting_weight(recorded, weight) for recorded, weight in rest):
         return "a known loss enters the objective with a negative weight"
     return ""
 

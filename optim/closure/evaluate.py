@@ -35,19 +35,23 @@ class Evaluation(NamedTuple):
         value: ``sign`` times it, as a number.
         objective: ``sign`` times the scalar with a graph whose gradient the closure asked for.
         gradient: ``sign`` times the gradient in ``.grad``, flat, shape (n,), in single precision at least.
+        largest: Its largest entry, in size.
         coverage: Blocks of the Gauss-Newton matrix, or why there are none.
         partial: Why the gradient is not that of ``objective`` alone, so that ``value`` says nothing about a
             step along it; empty where it is.
         cross_entropies: Those that were called, whether or not they cover the objective.
+        is_loss: Whether the objective is known to be the loss itself, without looking at numbers.
     """
 
     loss: Tensor
     value: float
     objective: Tensor
     gradient: Tensor
+    largest: float
     coverage: Coverage
     partial: str = ""
     cross_entropies: Sequence[RecordedLoss] = ()
+    is_loss: bool = False
 
 
 class Asked(NamedTuple):
@@ -135,20 +139,23 @@ class ClosureEvaluator:
 
     def _evaluation(self, asked: Asked, mode: Record, gradient: Tensor) -> Evaluation:
         """With objective and coverage of the roots, at curvature ``scale`` times theirs."""
-        gradients.check_finite(gradient)
+        largest = gradients.largest(gradient)
         tensors = [root for root, _ in asked.roots]
         factor = self._sign * asked.scale
+        is_loss = mode.is_plain and len(tensors) == 1 and tensors[0] is asked.loss
         weights = [weight if factor == 1 else factor * weight for _, weight in asked.roots]
         objective = _weighted_sum(tensors, weights)
         if asked.outputs:
             coverage = explicit(objective, asked.outputs, self._parameters)
         else:
-            coverage = cover(mode.log.losses, tensors, weights, self._parameters)
+            coverage = cover(mode.log.losses, tensors, weights, self._parameters, is_loss and factor > 0)
         if self._sign < 0:
             gradient = -gradient
         loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
         value, entropies = self._sign * asked.value, mode.log.cross_entropies()
-        return Evaluation(loss, value, objective, gradient, coverage, asked.partial, entropies)
+        return Evaluation(
+            loss, value, objective, gradient, largest, coverage, asked.partial, entropies, is_loss
+        )
 
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from secondorder.autodiff.guard import surely
-from secondorder.vectors.flat import flatten, is_finite
+from secondorder.vectors.flat import flatten
 
 # Tensors, each with what its ``.grad`` held.
 Grads = Sequence[tuple[Tensor, Tensor | None]]
@@ -41,13 +42,19 @@ def flat(parameters: Sequence[Tensor]) -> Tensor:
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def check_finite(gradient: Tensor) -> None:
-    """Raise RuntimeError where it is not."""
-    if not is_finite(gradient):
+def largest(gradient: Tensor) -> float:
+    """Its largest entry, in size: one host read.
+
+    Raises:
+        RuntimeError: it is not finite.
+    """
+    size = float(torch.linalg.vector_norm(gradient, math.inf))
+    if not math.isfinite(size):
         raise RuntimeError(
             "the gradient at the current parameters must be finite, got NaN or infinity;"
             " look for the operation with torch.autograd.set_detect_anomaly(True)."
         )
+    return size
 
 
 def write(grads: Grads) -> None:

@@ -39,10 +39,12 @@ class Pass(NamedTuple):
     Attributes:
         arguments: By name, with ``retain_graph=True``.
         roots: The tensors that are differentiated, each with the weight it was given, one by default.
+        is_plain: Whether no weight was given.
     """
 
     arguments: dict[str, Any]
     roots: Weighted
+    is_plain: bool
 
     @classmethod
     def of(cls, signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]) -> Pass:
@@ -58,7 +60,8 @@ class Pass(NamedTuple):
         roots = (first,) if isinstance(first, Tensor) else tuple(first)
         weights = given if isinstance(given, tuple | list) else (given,) * len(roots)
         pairs = zip(roots, weights, strict=True)
-        return cls(arguments, [(r, torch.ones_like(r) if w is None else w.detach()) for r, w in pairs])
+        weighted = [(r, torch.ones_like(r) if w is None else w.detach()) for r, w in pairs]
+        return cls(arguments, weighted, given is None)
 
     def run(self, func: Callable[..., Any]) -> Any:
         """Carry it out."""
@@ -93,6 +96,8 @@ class Record(TorchFunctionMode):
         accumulation: Accumulation | None = None,
     ) -> None:
         super().__init__()
+        # No weight was given to a root.
+        self.is_plain = True
         self.roots: Weighted = []
         self.differentiated: Weighted = []
         self.differentiates = False
@@ -143,6 +148,7 @@ class Record(TorchFunctionMode):
             self.earlier_passes = self._accumulation.passes(self._parameters)
         backward.run(func)
         self.roots += backward.roots
+        self.is_plain &= backward.is_plain
         for parameter in self._parameters:
             # Whoever guards .grad itself has copies.
             if parameter.grad is not None:
@@ -158,6 +164,7 @@ class Record(TorchFunctionMode):
         own = {id(parameter) for parameter in self._parameters}
         if not options.get("create_graph") and any(id(tensor) in own for tensor in inputs):
             self.differentiated += grad.roots
+            self.is_plain &= grad.is_plain
         return grad.run(torch.autograd.grad)
 
 

@@ -34,9 +34,10 @@ def cover(
     roots: Sequence[Tensor],
     root_gradients: Sequence[Tensor],
     parameters: Sequence[Tensor],
+    is_positive: bool = False,
 ) -> Coverage:
     """The coverage by known losses; where there is none, with a proof that may give another."""
-    coverage = known.cover(losses, roots, root_gradients, parameters)
+    coverage = known.cover(losses, roots, root_gradients, parameters, is_positive)
     if coverage.blocks or coverage.description == CHANGED:
         return coverage
 

@@ -76,12 +76,12 @@ class Basis:
 
     def combined(self, y: Tensor) -> Tensor:
         """``V y``, shape (n,); of a matrix (j, k) of coordinates its rows, shape (j, n)."""
-        return y.to(self._V) @ self._V[: self.size]
+        return uploaded(y, self._V) @ self._V[: self.size]
 
     def outside(self, y: Tensor) -> Tensor:
         """What ``B V y`` has outside of the space, shape (n,)."""
         k = self.size
-        both = torch.stack([self.H[:k, :k] @ y, y]).to(self._V)
+        both = uploaded(torch.stack([self.H[:k, :k] @ y, y]), self._V)
         return torch.addmv(self._W[:k].T @ both[1], self._V[:k].T, both[0], alpha=-1.0)
 
     def _reserve(self, size: int) -> None:
@@ -91,3 +91,8 @@ class Basis:
         more = max(min(2 * capacity, self._max_size), size) - capacity
         self._V, self._W = (torch.cat([M, M.new_empty(more, M.shape[1])]) for M in (self._V, self._W))
         self.H, self.G = (torch.nn.functional.pad(M, (0, more, 0, more)) for M in (self.H, self.G))
+
+
+def uploaded(small: Tensor, like: Tensor) -> Tensor:
+    """A small tensor of the host on the device, in the dtype there; the host does not wait."""
+    return small.to(device=like.device, dtype=like.dtype, non_blocking=True)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.methods.basis import Basis
-from optim.methods.problem import QuadraticModel
+from optim.methods.basis import Basis, uploaded
+from optim.methods.problem import QuadraticModel, norm
 from optim.methods.subspace import Bound, Coordinates, Diagonal, Solution
 
 # A residual below this, relative and squared, is lost in the products that it is a difference of.
@@ -54,7 +54,7 @@ class Ritz(NamedTuple):
         outside = max(self.rest + shift, torch.finfo(torch.float32).tiny)
         factors = [outside / max(abs(v) + shift, outside * 1e-12) - 1.0 for v in self.values]
         along = self.vectors @ r
-        along *= torch.tensor(factors, dtype=r.dtype).to(r.device, non_blocking=True)
+        along *= uploaded(torch.tensor(factors, dtype=torch.float64), r)
         return torch.addmv(r, self.vectors.T, along)
 
 
@@ -75,7 +75,7 @@ class Grown:
     def __init__(self, model: QuadraticModel, bound: Bound, growth: Growth, ritz: Ritz | None = None) -> None:
         self._bound, self._growth, self._ritz = bound, growth, ritz
         self._eps = torch.finfo(model.gradient.dtype).eps
-        self._norm = norm(model.gradient)
+        self._norm = model.norm
         self._basis = Basis(model.curvature, -model.gradient / self._norm, growth.max_size)
 
     @property
@@ -162,11 +162,3 @@ class Grown:
             status if found.status == "converged" else found.status,
             found.shift,
         )
-
-
-def norm(v: Tensor) -> float:
-    """Euclidean norm of a vector whose squares may leave the range."""
-    largest = float(torch.linalg.vector_norm(v, math.inf))
-    if not 0 < largest < math.inf:
-        return largest
-    return largest * float(torch.linalg.vector_norm(v / largest))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from secondorder import LinearOperator
@@ -16,11 +18,13 @@ class QuadraticModel(NamedTuple):
         value: Objective at the present point.
         gradient: Its gradient, flat, shape (n,), in single precision at least.
         curvature: Symmetric operator on flat vectors, undamped.
+        norm: Euclidean norm of the gradient, which is not zero where an entry is not.
     """
 
     value: float
     gradient: Tensor
     curvature: LinearOperator
+    norm: float
 
 
 class Trial(NamedTuple):
@@ -29,12 +33,23 @@ class Trial(NamedTuple):
     Attributes:
         step: Flat, shape (n,), in the variables of the model.
         value: Objective after it; NaN, which no comparison prefers, where that is not finite or not known.
+        norm: Euclidean norm of the step; NaN where nobody asked for it.
         point: What the problem keeps of the evaluation, so that an accepted one is not made again.
     """
 
     step: Tensor
     value: float
+    norm: float = math.nan
     point: Any = None
+
+
+def norm(v: Tensor, largest: float | None = None) -> float:
+    """Euclidean norm of a vector whose squares may leave the range, given its largest entry if known."""
+    if largest is None:
+        largest = float(torch.linalg.vector_norm(v, math.inf))
+    if not 0 < largest < math.inf:
+        return largest
+    return largest * float(torch.linalg.vector_norm(v / largest))
 
 
 class Problem(Protocol):

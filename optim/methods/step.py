@@ -129,7 +129,7 @@ class Step:
         step = solution.step if rate == 1.0 else rate * solution.step
         if not (math.isfinite(predicted) and predicted > 0):
             return _Attempt(size, solution, Trial(step, math.nan), Judgement(-math.inf), size)
-        trial = self._problem.evaluate(step)
+        trial = self._problem.evaluate(step)._replace(norm=abs(rate) * solution.norm)
         return _Attempt(size, solution, trial, judge(self._problem, self._model, trial, predicted), size)
 
     def _retreat(self, attempt: _Attempt) -> tuple[_Attempt, float]:
@@ -191,7 +191,7 @@ class Step:
             longer = self._problem.evaluate(factor * best.trial.step)
             if not longer.value < trial.value:
                 break
-            trial, factor = longer, 2 * factor
+            trial, factor = longer._replace(norm=factor * best.trial.norm), 2 * factor
         return trial
 
     def _outcome(self, best: _Attempt, following: float, trial: Trial | None) -> Outcome:

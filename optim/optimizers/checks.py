@@ -29,6 +29,8 @@ def processes(name: str) -> str:
 
 def mismatch(evaluation: Evaluation) -> str:
     """When the loss that is judged is not the one that was differentiated."""
+    if evaluation.is_loss:
+        return ""
     # Both with the sign of what is minimised.
     differentiated = float(evaluation.objective.detach())
     difference = abs(evaluation.value - differentiated)

@@ -14,7 +14,7 @@ from optim.methods.batches import GAIN, LEAST_RATIO, MORE, BatchNoise
 from optim.methods.control import Rule
 from optim.methods.formed import Formed
 from optim.methods.forms import Form, choose, usual_cost
-from optim.methods.grown import Grown, Growth, norm
+from optim.methods.grown import Grown, Growth
 from optim.methods.problem import QuadraticModel, Trial
 from optim.methods.step import Options, Outcome, Step
 from optim.methods.subspace import Bound, Subspace
@@ -70,7 +70,7 @@ def minimise(problem: ClosureProblem, groups: Groups, method: Method, state: Kep
         tries: Whether the loss can judge a step; else the first solution is it.
     """
     group, model = groups[0], problem.model()
-    if not bool(model.gradient.any()):
+    if model.norm == 0:
         return Result(Outcome("zero_gradient"))
     if not any(float(each["lr"]) > 0 for each in groups):
         return Result(Outcome("zero_lr"))
@@ -172,7 +172,7 @@ def _start(
         factor = MORE if noise.loses else 1.0
         return float(size * factor if damps else size / factor)
     curvature = abs(space.steepest())
-    first = FIRST_DAMPING * curvature if damps else norm(model.gradient) / (curvature or math.inf)
+    first = FIRST_DAMPING * curvature if damps else model.norm / (curvature or math.inf)
     if not 0 < first < math.inf:
         return 1.0
     return min(max(first, control.MIN_DAMPING), control.MAX_DAMPING) if damps else first

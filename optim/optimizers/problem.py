@@ -15,7 +15,7 @@ from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from optim.closure.rounding import rounding
 from optim.closure.setting import moved, trial
 from optim.methods import control
-from optim.methods.problem import QuadraticModel, Trial
+from optim.methods.problem import QuadraticModel, Trial, norm
 from optim.optimizers.decay import WeightDecay
 from optim.optimizers.groups import Groups
 from optim.optimizers.scaling import Scaling
@@ -60,9 +60,10 @@ class ClosureProblem:
             curvature = curvature + self._decay.diagonal(gradient)
             gradient, value = gradient + self._decay.gradient(gradient), value + self._decay.value()
         self._scaling = Scaling.of(groups, gradient)
-        self._model = QuadraticModel(
-            value, self._scaling.times(gradient), self._scaling.conjugated(curvature)
-        )
+        is_changed = bool(self._decay) or not self._scaling.is_plain
+        gradient = self._scaling.times(gradient)
+        size = norm(gradient, None if is_changed else evaluation.largest)
+        self._model = QuadraticModel(value, gradient, self._scaling.conjugated(curvature), size)
         self.spent = Spent()
 
     def model(self) -> QuadraticModel:
@@ -107,11 +108,14 @@ class ClosureProblem:
 
     def length(self, trial: Trial | None) -> float:
         """Euclidean norm of a step in the units of the parameters."""
-        return 0.0 if trial is None else float(self._scaling.times(trial.step).norm())
+        if trial is None:
+            return 0.0
+        is_known = self._scaling.is_plain and trial.norm == trial.norm
+        return trial.norm if is_known else norm(self._scaling.times(trial.step))
 
     def slope(self) -> float:
         """Euclidean norm of the gradient in the units of the parameters."""
-        return float(self._scaling.over(self._model.gradient).norm())
+        return self._model.norm if self._scaling.is_plain else norm(self._scaling.over(self._model.gradient))
 
     def outputs(self) -> int:
         """How many outputs the loss is of; 0 where no known loss was called."""

@@ -535,7 +535,7 @@ class TestHessianFreeRecipe:
                 return 1e-6
 
         x = [torch.tensor([float(i)]) for i in (1, 2, 3)]
-        model = QuadraticModel(1.0, torch.tensor([-1.0]), None)
+        model = QuadraticModel(1.0, torch.tensor([-1.0]), None, 1.0)
         solution = Solution(x[2], 3.0, 0.1, 3.0, "stopped", 0.0, tuple(x[:2]))
         problem = Problem()
         taken = search(problem, model, solution, problem.evaluate(x[2]), 1.0, True)
