@@ -104,7 +104,7 @@ def show(bar, elapsed, text, report):
         return
     if report is not None:
         size = f"damping {report.damping:.1e}" if report.damping else f"radius {report.radius:.1e}"
-        text += f"  rho {report.rho:5.2f}  {size}  CG iterations {report.iterations}"
+        text += f"  rho {report.rho:5.2f}  {size}  products {report.products}"
     bar.set_description_str(text, refresh=False)
     bar.update(elapsed - bar.n)
 

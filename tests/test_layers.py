@@ -1,6 +1,7 @@
 """The order of imports, and the limits on size (CONTRIBUTING.md)."""
 
 import ast
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -113,6 +114,8 @@ TOP_LEVEL = {
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
+# Of all functions, the median and nine in ten.
+MEDIAN_FUNCTION_LINES, MOST_FUNCTION_LINES = 6, 16
 MAX_PARAMETERS = 8
 MAX_CLASS_LINES = 200
 MAX_METHODS = 12
@@ -181,9 +184,7 @@ def test_size_limits(source):
     lines = text.splitlines()
     assert len(lines) <= MAX_FILE_LINES
     for function in functions(tree):
-        body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
-        code = lines[body[0].lineno - 1 : function.end_lineno]
-        count = sum(bool(line.strip()) and not line.strip().startswith("#") for line in code)
+        count = code_lines(function, lines)
         assert count <= MAX_FUNCTION_LINES, f"{function.name} has {count} lines of code"
         arguments = function.args
         parameters = [a.arg for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs]
@@ -198,6 +199,17 @@ def test_class_limits(source):
             methods = [m for m in node.body if isinstance(m, ast.FunctionDef | ast.AsyncFunctionDef)]
             counted = [m.name for m in methods if "overload" not in map(ast.unparse, m.decorator_list)]
             assert len(counted) <= MAX_METHODS, f"{node.name} has {len(counted)} methods"
+
+
+def test_functions_are_short():
+    """All of them together: the limits above are for the exceptions."""
+    counts = []
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        counts += [code_lines(function, text.splitlines()) for function in functions(ast.parse(text))]
+    counts.sort()
+    assert statistics.median(counts) <= MEDIAN_FUNCTION_LINES
+    assert counts[int(0.9 * len(counts))] <= MOST_FUNCTION_LINES
 
 
 def test_the_library_does_not_print(source):
@@ -215,3 +227,10 @@ def test_top_level_holds_nothing_else():
 
 def functions(tree: ast.Module):
     return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> int:
+    """Of its body, without docstring, comments and empty lines."""
+    body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
+    code = lines[body[0].lineno - 1 : function.end_lineno]
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in code)
