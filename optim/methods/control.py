@@ -29,7 +29,8 @@ EXTEND = 0.5
 # loss. Past convergence the decreases are smaller: they go with the square of the gradient's rounding.
 REACH = 1e4
 
-MIN_DAMPING, MAX_DAMPING = 1e-12, 1e12
+# The range of any loss: what is too little for a function, its space knows.
+MIN_DAMPING, MAX_DAMPING = 1e-40, 1e40
 # Below this a step changes no parameter.
 MIN_RADIUS = 1e-20
 

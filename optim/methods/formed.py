@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from optim.methods.problem import QuadraticModel
-from optim.methods.subspace import Bound, Diagonal, Solution
+from optim.methods.subspace import Bound, Diagonal, Solution, least_damping
 from secondorder.solvers.direct import spectrum
 
 
@@ -57,7 +57,7 @@ class Formed:
         target = self._target / self._target.abs().max()
         return float(self._values @ target.square() / target.square().sum())
 
-    def lowest(self) -> float:
-        """The smallest eigenvalue, where it is one and not rounding."""
+    def least_damping(self) -> float:
+        """Below it damping changes nothing, or is rounding."""
         lowest = float(self._values[0])
-        return lowest if lowest > self._spectrum.rounding else 0.0
+        return least_damping(lowest if lowest > self._spectrum.rounding else 0.0, self.steepest())

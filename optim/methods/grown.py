@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optim.methods.basis import Basis, uploaded
 from optim.methods.problem import QuadraticModel, norm
-from optim.methods.subspace import Bound, Coordinates, Diagonal, Solution
+from optim.methods.subspace import Bound, Coordinates, Diagonal, Solution, least_damping
 
 # A residual below this, relative and squared, is lost in the products that it is a difference of.
 RESOLUTION = 100.0
@@ -110,9 +110,9 @@ class Grown:
         """Curvature along the gradient."""
         return float(self._basis.H[0, 0])
 
-    def lowest(self) -> float:
-        """The smallest Ritz value, not below zero."""
-        return max(float(self._basis.spectrum(self.size)[0][0]), 0.0)
+    def least_damping(self) -> float:
+        """Below it damping changes nothing."""
+        return least_damping(float(self._basis.spectrum(self.size)[0][0]), self.steepest())
 
     def ritz(self) -> Ritz:
         """What the next space may know."""

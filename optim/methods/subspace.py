@@ -76,8 +76,8 @@ class Subspace(Protocol):
     def steepest(self) -> float:
         """Curvature along the gradient, ``g . B g / g . g``."""
 
-    def lowest(self) -> float:
-        """The smallest eigenvalue that it knows; zero where it is negative or not known."""
+    def least_damping(self) -> float:
+        """Below it damping changes nothing, or is rounding; zero where that is not known."""
 
 
 class Coordinates(NamedTuple):
@@ -145,3 +145,13 @@ def _rounding(values: Tensor, dtype: torch.dtype) -> float:
 
 
 DAMPED, WITHIN = Bound(damped), Bound(bounded, reflected)
+
+
+# Damping below this part of the smallest eigenvalue changes nothing (METHODS 12.1), nor, where that is zero,
+# does it below this part of the curvature along the gradient.
+OF_LOWEST, OF_STEEPEST = 0.1, 1e-12
+
+
+def least_damping(lowest: float, steepest: float) -> float:
+    """Below it damping changes nothing, by the lowest eigenvalue and the curvature along the gradient."""
+    return max(OF_LOWEST * lowest, OF_STEEPEST * abs(steepest))

@@ -60,7 +60,7 @@ class Truncated:
         g = g / g.abs().max()
         return float(g.dot(self._model.curvature @ g) / g.dot(g))
 
-    def lowest(self) -> float:
+    def least_damping(self) -> float:
         """Not known."""
         return 0.0
 

@@ -26,8 +26,6 @@ from secondorder.vectors.flat import is_finite
 
 # The first damping, of the curvature along the gradient (METHODS 12.1).
 FIRST_DAMPING = 0.1
-# Below this part of the smallest Ritz value damping changes nothing.
-LEAST_DAMPING = 0.1
 
 
 class Method(NamedTuple):
@@ -186,7 +184,7 @@ def _settled(
         return None
     if method.size == "radius":
         return min(size, start) if noise.loses else size
-    least = start if noise.loses else min(start, LEAST_DAMPING * space.lowest())
+    least = start if noise.loses else min(start, space.least_damping())
     return max(size, least)
 
 

@@ -30,10 +30,10 @@ def test_nielsen_on_rejections_in_a_row():
 
 def test_damping_stays_within_bounds():
     damping, growth = 1.0, 2.0
-    for _ in range(100):
+    for _ in range(200):
         damping, growth = control.nielsen_damping(damping, growth, -1.0)
     assert damping == control.MAX_DAMPING
-    for _ in range(100):
+    for _ in range(200):
         damping, growth = control.nielsen_damping(damping, growth, 1.0)
     assert damping == control.MIN_DAMPING
 

@@ -232,3 +232,23 @@ def test_first_damping_and_radius_come_from_the_function():
         g = scale * curvatures
         steepest = float((g * g * scale * curvatures).sum() / (g * g).sum())
         assert seen[0] == pytest.approx(float(g.norm()) / steepest, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("solver", ["subspace", "cg"])
+def test_a_loss_in_other_units_takes_the_same_steps(make, solver, dtype):
+    """From 1e-30 to 1e30 of it; in single precision to the rounding that the steps magnify."""
+    reached = []
+    for unit in (1.0, 1e-30, 1e30):
+        case = zoo.network("mlp_mse")
+        case = case._replace(
+            model=case.model.to(dtype), inputs=case.inputs.to(dtype), targets=case.targets.to(dtype)
+        )
+        optimizer = make(case.model.parameters(), solver=solver)
+        for _ in range(6):
+            optimizer.step(lambda case=case, unit=unit: unit * case.value())
+            assert optimizer.report.accepted
+        reached.append(optimizer.report.new_loss / unit)
+    assert reached == pytest.approx(
+        [reached[0]] * 3, rel=1e-2 if solver == "cg" or dtype == torch.float32 else 1e-6
+    )
