@@ -90,7 +90,7 @@ ORDER = [
     "optim.optimizers.scaling",
     "optim.optimizers.problem",
     "optim.optimizers.kept",
-    "optim.optimizers.minimise",
+    "optim.optimizers.stepping",
     "optim.optimizers.account",
     "optim.optimizers.base",
     "optim.optimizers.newton",

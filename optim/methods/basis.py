@@ -27,7 +27,8 @@ class Basis:
         size: Directions, ``k``; 0 where the first product was not finite.
         products: That were made.
         seconds: In them.
-        is_full: No direction can be added, or none is left that would not be rounding.
+        end: Why no direction can be added: "converged", as none is left that would not be rounding, or
+            "max_iter"; empty while one can.
         H: ``V^T B V`` and more, on the host in double precision, at least (k, k).
         G: ``(B V)^T B V`` likewise.
     """
@@ -41,7 +42,7 @@ class Basis:
         self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
         self.size = self.products = 0
         self.seconds = 0.0
-        self.is_full = False
+        self.end = ""
         self.add(first)
 
     def add(self, t: Tensor) -> None:
@@ -61,12 +62,13 @@ class Basis:
         read = torch.cat([V @ W[k], W @ W[k], lengths]).tolist()
         column, square, (first, second) = read[: k + 1], read[k + 1 : 2 * k + 2], read[-2:]
         if not all(map(math.isfinite, column)) or (k and not second > INDEPENDENT * first):
-            self.is_full = True
+            self.end = "converged"
             return
         for matrix, entries in ((self.H, column), (self.G, square)):
             matrix[k, : k + 1] = matrix[: k + 1, k] = torch.tensor(entries, dtype=torch.float64)
         self.size = k + 1
-        self.is_full = self.size >= self._max_size
+        if self.size >= self._max_size:
+            self.end = "converged" if self.size == t.numel() else "max_iter"
 
     def spectrum(self, k: int) -> tuple[Tensor, Tensor]:
         """Eigenvalues, ascending, and eigenvectors of ``V^T B V`` in the first ``k`` directions."""

@@ -14,16 +14,22 @@ from optim.methods.problem import Trial
 
 # A loss that differs by more than this, relative, is of other samples.
 CHANGE = 1e-3
-# Where they differ, of the step that these samples ask for (measured: .3 to 1 are alike on digits).
+# Changes are counted with this memory of the steps before; more than that of them are batches, and not an
+# objective that was changed once.
+RECENT, BATCHES = 0.8, 1.2
+# With batches, of the step that these samples ask for (measured: .3 to 1 are alike on digits).
 RATE = 0.5
-# Where they differ, the most that a space may leave: what a short solve leaves is not made up for on other
-# samples.
+# With batches, the most of the mean gain that a product may leave: later steps do not make up for it.
 GAIN = 0.3
-# Where they differ, of the reduction ratio: a model that is wrong on its own samples is worse on others.
+# With batches, of the reduction ratio: a model that is wrong on its own samples is worse on others.
 LEAST_RATIO = 0.5
 # Of the average over steps, the part of their gains that steps are to keep, and what damping is multiplied by
-# where steps lose on the samples that come next.
+# where they do not.
 MEMORY, LEAST_KEPT, MORE = 0.7, 0.1, 2.0
+# A step that gains less than this, relative, is too small to say anything against it.
+SMALL = 1e-4
+# Of the running average of batch sizes.
+SIZES = 0.8
 
 
 class BatchNoise(NamedTuple):
@@ -33,36 +39,35 @@ class BatchNoise(NamedTuple):
         before: Loss before the last step; None where there was none.
         expected: Loss after it, on the same samples.
         kept: Average part of its gain that a step kept on the samples that came next, from -1 to 1.
-        largest: Most outputs that a step was taken on.
-        part: Outputs of this step, of that.
-        is_seen: Whether the loss was of other samples when the last step began.
-        is_news: Whether it was not when the one before began: batches, or another objective.
+        outputs: Average number of outputs that a loss is of.
+        part: Outputs of this step's loss over that, at most 1.
+        changes: How often samples changed in the last steps.
+        is_other: Whether this step's samples are others than the last one's.
     """
 
     before: float | None = None
     expected: float | None = None
     kept: float = 1.0
-    largest: int = 0
+    outputs: float = 0.0
     part: float = 1.0
-    is_seen: bool = False
-    is_news: bool = False
+    changes: float = 0.0
+    is_other: bool = False
 
     def observed(self, value: float, outputs: int) -> BatchNoise:
         """At the start of a step, with the loss there and of how many outputs it is (0: not known)."""
-        largest = max(self.largest, outputs)
-        now = self._replace(largest=largest, part=outputs / largest if outputs else 1.0)
+        average = SIZES * self.outputs + (1 - SIZES) * outputs if self.outputs else float(outputs)
+        now = self._replace(outputs=average, part=min(1.0, outputs / average) if outputs else 1.0)
         if self.before is None or self.expected is None:
             return now
         is_other = abs(value - self.expected) > CHANGE * max(abs(value), abs(self.expected))
-        return now._replace(is_seen=is_other, is_news=is_other and not self.is_seen)
+        return now._replace(is_other=is_other, changes=RECENT * self.changes + is_other)
 
     def tested(self, before: float, after: float) -> BatchNoise:
         """With the losses before and after the last step on the samples of this one."""
-        if self.before is None or self.expected is None or not self.before > self.expected:
+        if self.before is None or self.expected is None or not math.isfinite(before - after):
             return self
-        part = (before - after) / (self.before - self.expected)
-        if not math.isfinite(part):
-            return self
+        promised = self.before - self.expected
+        part = (before - after) / promised if promised > SMALL * abs(self.before) else 1.0
         return self._replace(kept=MEMORY * self.kept + (1 - MEMORY) * min(max(part, -1.0), 1.0))
 
     def stepped(self, before: float, trial: Trial | None) -> BatchNoise:
@@ -70,11 +75,21 @@ class BatchNoise(NamedTuple):
         return self._replace(before=before, expected=before if trial is None else trial.value)
 
     @property
+    def is_seen(self) -> bool:
+        """Whether samples change from step to step, or every few steps."""
+        return self.changes > BATCHES
+
+    @property
+    def is_news(self) -> bool:
+        """Whether they changed for the first time in long: batches, or another objective."""
+        return self.is_other and not self.is_seen
+
+    @property
     def rate(self) -> float:
-        """Of the step: less where others follow, in proportion to what this one knows."""
-        return RATE * self.part if self.is_seen and not self.is_news else 1.0
+        """Of the step: less where other samples follow, in proportion to what these know."""
+        return RATE * self.part if self.is_seen else 1.0
 
     @property
     def loses(self) -> bool:
-        """Whether steps lose on the samples that come next."""
+        """Whether steps keep too little of their gains on the samples that come next."""
         return self.is_seen and self.kept < LEAST_KEPT

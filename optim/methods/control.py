@@ -35,6 +35,11 @@ MIN_DAMPING, MAX_DAMPING = 1e-40, 1e40
 MIN_RADIUS = 1e-20
 
 
+def clamped(damping: float) -> float:
+    """Within the range of numbers that damping may have."""
+    return min(max(damping, MIN_DAMPING), MAX_DAMPING)
+
+
 def noise_of(value: float, eps: float) -> float:
     """Rounding of a computed loss: a smaller change of it means nothing."""
     return NOISE_FACTOR * eps * abs(value)

@@ -16,8 +16,9 @@ KEPT = 0.95
 USUAL = 8.0
 # A space that may hold fewer directions than this is worth less than CG.
 LEAST_SIZE = 8
-# Vectors of the length of the parameters for each direction: V, B V, and that of the last step.
-VECTORS = 3
+# Vectors of the length of the parameters for each direction, at the end of a step: V and B V, with room to
+# grow, the last step's space, and this one's.
+VECTORS = 6
 
 
 class Form(NamedTuple):

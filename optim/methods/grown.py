@@ -99,10 +99,10 @@ class Grown:
         while True:
             y, found = self._minimise(self._bound.minimise, size, self.size)
             gains[self.size] = found.gain
-            if self._basis.is_full:
-                return self._solution(y, found, size, "max_iter")
+            if self._basis.end:
+                return self._solution(y, found, size, self._basis.end)
             r = self._basis.outside(y)
-            if status := self._stops(r, y, size, gains):
+            if status := self._stops(r, y, size, gains, found.shift):
                 return self._solution(y, found, size, status)
             self._basis.add(r if self._ritz is None else self._ritz.precondition(r, found.shift))
 
@@ -115,7 +115,8 @@ class Grown:
         return least_damping(float(self._basis.spectrum(self.size)[0][0]), self.steepest())
 
     def ritz(self) -> Ritz:
-        """What the next space may know."""
+        """What the next space may know; this one grows no more."""
+        self._ritz = None
         values, vectors = self._basis.spectrum(self.size)
         rest = abs(float(self._basis.H[self.size - 1, self.size - 1]))
         return Ritz(self._basis.combined(vectors.T), tuple(values.tolist()), rest)
@@ -127,7 +128,7 @@ class Grown:
         found = minimise(values, self._norm * vectors[0], size, torch.float64)
         return vectors @ (found.values / self._norm), found
 
-    def _stops(self, r: Tensor, y: Tensor, size: float, gains: dict[int, float]) -> str:
+    def _stops(self, r: Tensor, y: Tensor, size: float, gains: dict[int, float], shift: float) -> str:
         """Why the space need not grow; empty where it shall."""
         k = self.size
         H, G = self._basis.H[:k, :k], self._basis.G[:k, :k]
@@ -138,7 +139,8 @@ class Grown:
         if left <= self._growth.rtol:
             return "converged"
         j = max(2, k // 4)
-        if k > max(j, 2):
+        # Where nothing bounds the step, what is left of the system is left of the gradient.
+        if shift > 0 and k > max(j, 2):
             known = k - j in gains
             before = gains[k - j] if known else self._minimise(self._bound.minimise, size, k - j)[1].gain
             if (gains[k] - before) / j < self._growth.gain * gains[k] / (k + 2):

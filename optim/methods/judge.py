@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from optim.methods import control
@@ -45,7 +46,7 @@ def judge(problem: Problem, model: QuadraticModel, trial: Trial, predicted: floa
     actual, noise = problem.decrease(trial), problem.noise(trial)
     rho, limit = control.reduction_ratio(actual, predicted), control.CANCELLATION * noise
     if not control.is_noise(actual, predicted, noise):
-        if not control.is_refused(actual, predicted):
+        if not math.isfinite(actual) or not control.is_refused(actual, predicted):
             return Judgement(rho)
         limit = max(limit, problem.rounding())
         if not control.is_unseen(actual, predicted, limit):

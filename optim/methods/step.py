@@ -40,14 +40,14 @@ class Outcome(NamedTuple):
     Attributes:
         status: Of the last solve, or why there was none.
         rho: Reduction ratio of the last solution, before any search or extension.
-        size: The next damping or radius; None where it stays.
+        size: The next damping or radius; NaN where nothing was tried.
         trial: To be taken; None where no step is worth it.
         trials: Solves.
     """
 
     status: str
     rho: float = math.nan
-    size: float | None = None
+    size: float = math.nan
     trial: Trial | None = None
     trials: int = 0
 

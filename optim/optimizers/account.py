@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from optim.optimizers.minimise import Result
 from optim.optimizers.problem import ClosureProblem
 from optim.optimizers.report import Seconds, StepReport
+from optim.optimizers.stepping import Result
 
 # In gradients (one forward and one backward pass, the backward twice the forward). The step's own counts
 # twice: its graph is kept, and that of the curvature made.
@@ -56,8 +56,8 @@ def reported(
         new_loss=value if trial is None else trial.value,
         accepted=trial is not None,
         rho=outcome.rho,
-        damping=group.get("damping", 0.0),
-        radius=group.get("radius", math.inf),
+        damping=_known(group.get("damping", 0.0)),
+        radius=_known(group.get("radius", math.inf)),
         gradient_norm=problem.slope(),
         step_norm=problem.length(trial),
         status=outcome.status,
@@ -73,3 +73,7 @@ def reported(
         + spent.gradients,
         seconds=clock.parts(0.0 if space is None else space.seconds, spent.seconds),
     )
+
+
+def _known(size: float | None) -> float:
+    return math.nan if size is None else size

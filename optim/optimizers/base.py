@@ -26,13 +26,13 @@ from optim.optimizers.curvature import PRODUCT_COST, Curvature
 from optim.optimizers.decay import WeightDecay
 from optim.optimizers.groups import Groups, joint, moving
 from optim.optimizers.kept import VALUES, Kept
-from optim.optimizers.minimise import Method, make_state, minimise
 from optim.optimizers.problem import ClosureProblem
 from optim.optimizers.report import History, StepReport
+from optim.optimizers.stepping import Method, find_step, make_state
 from secondorder.autodiff.guard import surely
 
 # Learned, in all groups: None before the first step.
-LEARNED: dict[str, Any] = {"batch_noise": None, "usual_products": 0.0, VALUES: ()}
+LEARNED: dict[str, Any] = {"batch_noise": None, "gradient_norm": None, "usual_products": 0.0, VALUES: ()}
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -195,7 +195,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 curvature = self._curvature(evaluation)
             problem = ClosureProblem(evaluator, evaluation, curvature.operator, self.param_groups)
             clock.recorded()
-            result = minimise(problem, self.param_groups, self._method(), state, not evaluation.partial)
+            result = find_step(problem, self.param_groups, self._method(), state, not evaluation.partial)
         cost = Cost(repeated, PRODUCT_COST[type(curvature.operator)])
         report = reported(problem, result, self.param_groups[0], curvature.description, cost, clock)
         problem.move(result.outcome.trial, then=lambda: self._source.close(parameters))

@@ -52,6 +52,12 @@ def of_groups(groups: Groups, name: str, like: Tensor) -> float | Tensor:
     return spread([value for value, _ in pairs], [p for _, p in pairs], like)
 
 
+def rates(groups: Groups, like: Tensor) -> float | Tensor:
+    """``lr``: a number where all groups that move agree, else one for each entry, shape (n,)."""
+    values = {float(group["lr"]) for group in groups} - {0.0}
+    return values.pop() if len(values) == 1 else of_groups(groups, "lr", like)
+
+
 def spread(values: Iterable[float], parameters: Iterable[Tensor], like: Tensor) -> Tensor:
     """One number for each parameter as a flat vector, shape (n,)."""
     return torch.cat([like.new_full((p.numel(),), v) for v, p in zip(values, parameters, strict=True)])

@@ -25,8 +25,8 @@ from optim.optimizers.base import SecondOrderOptimizer
 from optim.optimizers.curvature import Curvature, gauss_newton
 from optim.optimizers.groups import moving
 from optim.optimizers.kept import SOLUTION, Kept
-from optim.optimizers.minimise import Method
 from optim.optimizers.report import StepReport
+from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "cg")
 # Relative residuals that leave little to gain: of a space (METHODS 12.1).

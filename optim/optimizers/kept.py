@@ -17,7 +17,7 @@ from secondorder.vectors.flat import flatten, flatten_rows, is_finite, unflatten
 # Of state: Ritz vectors of the last space, shape (k, *p.shape); the last solution of CG; the last step, where
 # batches differ.
 VECTORS, SOLUTION, STEP = "ritz_vectors", "cg_solution", "last_step"
-# Of groups: the Ritz values, and the curvature that is assumed across them, as the last.
+# Of groups: the Ritz values, the curvature that is assumed across them, and the length of the vectors.
 VALUES = "ritz_values"
 
 
@@ -45,10 +45,10 @@ class Kept:
 
     def ritz(self) -> Ritz | None:
         """The last space; None where there is none, or parameters came or went since."""
-        *values, rest = self._groups[0][VALUES] or (0.0,)
+        *values, rest, length = self._groups[0][VALUES] or (0.0, 0)
         parts = [part for part in self._parts(VECTORS) if part is not None]
         is_whole = len(parts) == len(self._parameters) and all(len(part) == len(values) for part in parts)
-        if not values or not is_whole:
+        if not values or not is_whole or length != sum(p.numel() for p in self._parameters):
             return None
         return Ritz(flatten_rows([_single(part) for part in parts]), values, rest)
 
@@ -67,11 +67,14 @@ class Kept:
         elif isinstance(space, Grown):
             ritz = space.ritz()
             self._keep(VECTORS, unflatten_rows(ritz.vectors, self._parameters))
-            self.learn(**{VALUES: (*ritz.values, ritz.rest)})
+            self.learn(**{VALUES: (*ritz.values, ritz.rest, ritz.vectors.shape[1])})
 
-    def keep_step(self, trial: Trial | None) -> None:
-        """Keep the step, to try it on other samples."""
-        if trial is None:
+    def keep_step(self, trial: Trial | None, is_wanted: bool) -> None:
+        """Keep the step, to try it on other samples, or forget the last one."""
+        if not is_wanted:
+            for parameter in self._parameters:
+                self._state.get(parameter, {}).pop(STEP, None)
+        elif trial is None:
             self._keep(STEP, [_single(torch.zeros_like(p)) for p in self._parameters])
         else:
             self._keep(STEP, unflatten(trial.step, self._parameters))

@@ -16,8 +16,8 @@ from optim.methods.truncated import in_radius
 from optim.optimizers.base import SecondOrderOptimizer
 from optim.optimizers.curvature import Curvature, hessian
 from optim.optimizers.groups import moving
-from optim.optimizers.minimise import Method
 from optim.optimizers.report import StepReport
+from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
 # Relative residuals that leave little to gain: of a space (METHODS 12.1), and of CG.

@@ -61,9 +61,11 @@ class ClosureProblem:
             gradient, value = gradient + self._decay.gradient(gradient), value + self._decay.value()
         self._scaling = Scaling.of(groups, gradient)
         is_changed = bool(self._decay) or not self._scaling.is_plain
-        gradient = self._scaling.times(gradient)
+        plain, gradient = gradient, self._scaling.times(gradient)
         size = norm(gradient, None if is_changed else evaluation.largest)
+        self._slope = size if self._scaling.is_plain else norm(plain)
         self._model = QuadraticModel(value, gradient, self._scaling.conjugated(curvature), size)
+        self._rounding: float | None = None
         self.spent = Spent()
 
     def model(self) -> QuadraticModel:
@@ -88,7 +90,9 @@ class ClosureProblem:
 
     def rounding(self) -> float:
         """Of the terms that the loss sums, or is a small difference of."""
-        return self._eps * rounding(self._evaluation)
+        if self._rounding is None:
+            self._rounding = self._eps * rounding(self._evaluation)
+        return self._rounding
 
     def gradient(self, tried: Trial) -> Tensor:
         """After the step, by another run of the closure."""
@@ -115,7 +119,7 @@ class ClosureProblem:
 
     def slope(self) -> float:
         """Euclidean norm of the gradient in the units of the parameters."""
-        return self._model.norm if self._scaling.is_plain else norm(self._scaling.over(self._model.gradient))
+        return self._slope
 
     def outputs(self) -> int:
         """How many outputs the loss is of; 0 where no known loss was called."""

@@ -31,6 +31,9 @@ class Seconds(NamedTuple):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Seconds)
 
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, Seconds)
+
     def __hash__(self) -> int:
         return hash(Seconds)
 
@@ -45,8 +48,8 @@ class StepReport(NamedTuple):
         accepted: Whether the parameters moved.
         rho: Reduction ratio, actual over predicted decrease, of the solution of the model that the step was
             made of, before any search or extension; NaN when there was none.
-        damping: Damping for the next step; 0.0 for a method with a radius.
-        radius: Trust radius for the next step; infinity for a method with damping.
+        damping: Damping for the next step; 0.0 for a method with a radius. NaN before a step that was tried.
+        radius: Trust radius for the next step; infinity for a method with damping. NaN likewise.
         gradient_norm: Euclidean norm of the gradient before the step.
         step_norm: Euclidean norm of the step taken.
         status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``; "stopped": another product would not
@@ -57,7 +60,7 @@ class StepReport(NamedTuple):
         products: With the curvature.
         curvature: Which curvature was used, and why.
         form: "grown", "formed" or "cg", and why.
-        noisy: Whether the loss was of other samples than that which the last step left.
+        noisy: Whether samples change from step to step: mini-batches, dropout.
         gradient_equivalents: Cost of the step, in gradients.
         seconds: By part; on a device those of the host, which waits at reads.
     """

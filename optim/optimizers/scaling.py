@@ -1,7 +1,8 @@
-"""Groups with their own ``damping_scale``: variables in which damping is the same for all.
+"""Groups with their own ``damping_scale``, or that do not move: variables that are the same for all.
 
 With ``q = sqrt(scale) p``, entry by entry, ``damping * norm(q)^2`` is the damping of each group times its
-scale, and a ball of ``q`` an ellipsoid, in which entries of a large scale move less.
+scale, and a ball of ``q`` an ellipsoid, in which entries of a large scale move less. Where ``lr`` is zero the
+factor is: a model of the others alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from optim.optimizers.groups import Groups, of_groups
+from optim.optimizers.groups import Groups, moving, of_groups, spread
 from secondorder import FunctionOperator, LinearOperator
 
 
@@ -23,7 +24,11 @@ class Scaling(NamedTuple):
     def of(cls, groups: Groups, like: Tensor) -> Scaling:
         """That of parameter groups."""
         scale = of_groups(groups, "damping_scale", like)
-        return cls(scale.rsqrt() if isinstance(scale, Tensor) else scale**-0.5)
+        factor = scale.rsqrt() if isinstance(scale, Tensor) else scale**-0.5
+        if all(float(group["lr"]) > 0 for group in groups) or not any(float(g["lr"]) > 0 for g in groups):
+            return cls(factor)
+        moves = [(1.0 if float(g["lr"]) > 0 else 0.0, p) for g in groups for p in moving([g])]
+        return cls(factor * spread([one for one, _ in moves], [p for _, p in moves], like))
 
     @property
     def is_plain(self) -> bool:
@@ -33,10 +38,6 @@ class Scaling(NamedTuple):
     def times(self, v: Tensor) -> Tensor:
         """A step of ``q`` as one of ``p``; a gradient for ``p`` as one for ``q``."""
         return v if self.is_plain else self.factor * v
-
-    def over(self, v: Tensor) -> Tensor:
-        """The other way."""
-        return v if self.is_plain else v / self.factor
 
     def conjugated(self, curvature: LinearOperator) -> LinearOperator:
         """Curvature for ``p`` as one for ``q``."""

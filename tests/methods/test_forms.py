@@ -68,26 +68,58 @@ class TestBatches:
         assert noise.rate == 1.0
         assert not noise.loses
 
-    def test_other_samples_are_news_once(self):
+    def test_other_samples_are_news_first_and_batches_then(self):
         noise = stepped(BatchNoise().observed(2.0, 100), 2.0, 1.0).observed(1.5, 100)
-        assert (noise.is_seen, noise.is_news, noise.rate) == (True, True, 1.0)
+        assert (noise.is_other, noise.is_news, noise.is_seen, noise.rate) == (True, True, False, 1.0)
         noise = stepped(noise, 1.5, 0.8).observed(1.2, 100)
-        assert (noise.is_seen, noise.is_news, noise.rate) == (True, False, 0.5)
-        # A smaller batch knows less.
-        assert stepped(noise, 1.2, 0.7).observed(1.0, 25).rate == pytest.approx(0.125)
+        assert (noise.is_other, noise.is_news, noise.is_seen, noise.rate) == (True, False, True, 0.5)
+
+    def test_an_objective_that_was_changed_once_is_no_batch(self):
+        noise = stepped(BatchNoise().observed(2.0, 100), 2.0, 1.0).observed(5.0, 100)
+        for value in (4.0, 3.0, 2.0):
+            noise = stepped(noise, value + 1, value).observed(value, 100)
+            assert not noise.is_seen
+            assert not noise.is_news
+
+    @pytest.mark.parametrize("every", [1, 2, 3])
+    def test_batches_that_stay_for_some_steps_are_batches(self, every):
+        noise, seen = BatchNoise(), []
+        for step in range(30):
+            noise = stepped(noise.observed(2.0 if step % every == 0 else 1.0, 100), 2.0, 1.0)
+            seen.append(noise.is_seen)
+            assert not noise.is_news or step < 2 * every
+        assert all(seen[4 * every :])
+
+    def test_a_smaller_batch_knows_less_and_a_large_one_is_forgotten(self):
+        noise = BatchNoise(changes=3.0, outputs=100.0).observed(1.0, 25)
+        assert noise.part == pytest.approx(25 / 85)
+        assert noise.rate == pytest.approx(0.5 * 25 / 85)
+        noise = BatchNoise(outputs=10000.0)
+        for _ in range(25):
+            noise = noise.observed(1.0, 100)
+        assert noise.part > 0.7
+        assert BatchNoise().observed(1.0, 0).part == 1.0
 
     def test_steps_that_keep_nothing_of_their_gain_lose(self):
-        noise = stepped(BatchNoise().observed(2.0, 0), 2.0, 1.0)
-        for _ in range(5):
+        noise = stepped(BatchNoise(changes=4.0).observed(2.0, 0), 2.0, 1.0)
+        for _ in range(8):
             noise = noise.observed(3.0, 0).tested(2.9, 3.0)
-            kept = noise.kept
+            loses, kept = noise.loses, noise.kept
             noise = stepped(noise, 3.0, 2.0)
-        assert noise.loses
+        assert loses
         assert -0.1 < kept < 0.1
         for _ in range(5):
             noise = stepped(noise.observed(3.0, 0).tested(3.9, 3.0), 3.0, 2.0)
         assert not noise.loses
         assert noise.kept <= 1.0
+
+    @pytest.mark.parametrize("promised", [0.0, 1e-6, -1.0])
+    def test_steps_too_small_to_tell_recover(self, promised):
+        """Or damping would be doubled for ever: smaller steps say even less."""
+        noise = BatchNoise(before=1.0, expected=1.0 - promised, kept=-0.5, changes=4.0)
+        for _ in range(5):
+            noise = noise.tested(0.9, 1.0)
+        assert noise.kept > 0.5
 
     def test_one_bad_batch_counts_as_one(self):
         noise = stepped(BatchNoise().observed(2.0, 0), 2.0, 1.0).observed(1e9, 0).tested(0.0, 1e9)

@@ -9,6 +9,7 @@ import zoo
 
 import optim
 from optim.methods import control
+from optim.methods.forms import VECTORS
 from optim.optimizers.report import Seconds
 
 OPTIMIZERS = [optim.Newton, optim.HessianFree, optim.GaussNewton]
@@ -122,7 +123,7 @@ def test_short_memory_means_cg_and_is_said(make):
 def test_memory_bounds_the_dimension():
     case = zoo.network("mlp_cross_entropy")
     n = sum(p.numel() for p in case.model.parameters())
-    optimizer = optim.GaussNewton(case.model.parameters(), memory=3 * 8 * n * 9.0, rtol=1e-12)
+    optimizer = optim.GaussNewton(case.model.parameters(), memory=VECTORS * 8 * n * 9.0, rtol=1e-12)
     train(optimizer, case)
     assert optimizer.report.iterations == 9
     assert optimizer.report.status == "max_iter"

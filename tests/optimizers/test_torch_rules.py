@@ -286,7 +286,7 @@ class TestState:
         run = fresh(make)
         run.steps()
         state, (group,) = run.optimizer.state_dict().values()
-        learned = {"radius" if make is optim.Newton else "damping", "batch_noise"}
+        learned = {"radius" if make is optim.Newton else "damping", "batch_noise", "gradient_norm"}
         defaults = run.optimizer.defaults.items()
         others = {"usual_products", "ritz_values"}
         assert {k for k, default in defaults if group[k] != default} - others == learned
@@ -295,7 +295,7 @@ class TestState:
             assert make is not optim.HessianFree
             assert shapes == {}
         else:
-            size = len(group["ritz_values"]) - 1
+            size = len(group["ritz_values"]) - 2
             assert size > 0
             assert shapes == {
                 i: {"ritz_vectors": (size, *p.shape)} for i, p in enumerate(run.model.parameters())

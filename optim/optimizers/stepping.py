@@ -19,7 +19,7 @@ from optim.methods.problem import QuadraticModel, Trial
 from optim.methods.step import Options, Outcome, Step
 from optim.methods.subspace import Bound, Subspace
 from optim.methods.truncated import Solver, Truncated
-from optim.optimizers.groups import Groups, of_groups
+from optim.optimizers.groups import Groups, rates
 from optim.optimizers.kept import SOLUTION, STEP, VECTORS, Kept
 from optim.optimizers.problem import ClosureProblem
 from secondorder.vectors.flat import is_finite
@@ -49,7 +49,7 @@ class Method(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a step came to, and in what space; ``is_noisy`` where the last one was on other samples."""
+    """What a step came to, and in what space; ``is_noisy``: samples change from step to step."""
 
     outcome: Outcome
     space: Subspace | None = None
@@ -57,7 +57,7 @@ class Result(NamedTuple):
     is_noisy: bool = False
 
 
-def minimise(problem: ClosureProblem, groups: Groups, method: Method, state: Kept, tries: bool) -> Result:
+def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Kept, tries: bool) -> Result:
     """Find the step to take; what it leaves is kept for the next.
 
     Args:
@@ -72,31 +72,35 @@ def minimise(problem: ClosureProblem, groups: Groups, method: Method, state: Kep
         return Result(Outcome("zero_gradient"))
     if not any(float(each["lr"]) > 0 for each in groups):
         return Result(Outcome("zero_lr"))
-    rates = of_groups(groups, "lr", model.gradient)
+    rate = rates(groups, model.gradient)
     noise = _noise(problem, group, state) if tries else BatchNoise()
     form = form_of(group, model.gradient.numel(), model.gradient.dtype)
-    space = _space(model, method, form, _growth(group, method, form, noise), state)
+    forcing = _forcing(model.norm, group["gradient_norm"]) if method.size == "radius" else 1.0
+    growth = _growth(group, method, form, noise, forcing)
+    space = _space(model, method, form, growth, state)
     if space.size == 0 and space.is_free:
         return Result(Outcome("non_finite"), space, form)
     start = _start(group, method, model, space, noise)
     if tries:
-        options = _options(group, group[method.size] is None, rates, noise)
+        options = _options(group, group[method.size] is None, rate, noise)
         outcome = Step(problem, model, space, method.rule, options).take(start)
-        if isinstance(rates, Tensor) and outcome.trial is not None:
-            outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rates))
+        if isinstance(rate, Tensor) and outcome.trial is not None:
+            outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rate))
         noise = noise.stepped(model.value, outcome.trial)
         state.learn(
             **{method.size: _settled(outcome.size, start, method, space, noise)},
             batch_noise=tuple(noise),
             usual_products=usual_cost(group["usual_products"], form, space.products),
+            gradient_norm=model.norm,
         )
         if isinstance(method.rule, control.Nielsen):
             state.learn(damping_growth=method.rule.growth)
     else:
-        outcome = _untried(space, start, rates)
+        noise = BatchNoise()
+        state.learn(batch_noise=None)
+        outcome = _untried(space, start, rate)
     state.keep_space(space, method.keeps_solution)
-    if noise.is_seen:
-        state.keep_step(outcome.trial)
+    state.keep_step(outcome.trial, is_wanted=noise.changes > 0)
     return Result(outcome, space, form, noise.is_seen)
 
 
@@ -108,11 +112,11 @@ def make_state(state: Kept, group: Mapping[str, Any], method: Method, parameters
         state.make(VECTORS if form == "grown" else SOLUTION)
 
 
-def _options(group: Mapping[str, Any], is_first: bool, rates: float | Tensor, noise: BatchNoise) -> Options:
+def _options(group: Mapping[str, Any], is_first: bool, lr: float | Tensor, noise: BatchNoise) -> Options:
     """``is_first``: damping or radius are not known yet."""
-    rate = noise.rate if isinstance(rates, Tensor) else rates * noise.rate
+    rate = noise.rate if isinstance(lr, Tensor) else lr * noise.rate
     # A rate below one asks for short steps, and a first damping or radius that was given for just that step.
-    is_free = isinstance(rates, float) and rate == 1.0 and (is_first or noise.before is not None)
+    is_free = isinstance(lr, float) and rate == 1.0 and (is_first or noise.before is not None)
     return Options(
         rate,
         group["max_trials"],
@@ -126,7 +130,7 @@ def _noise(problem: ClosureProblem, group: Mapping[str, Any], state: Kept) -> Ba
     """Whether these are other samples; where they are, the last step is tried on them: an evaluation."""
     noise = BatchNoise(*(group["batch_noise"] or ()))
     noise = noise.observed(problem.model().value, problem.outputs())
-    last = state.vector(STEP) if noise.is_seen else None
+    last = state.vector(STEP) if noise.is_other else None
     if last is None:
         return noise
     return noise.tested(problem.evaluate(-last).value, problem.model().value)
@@ -145,12 +149,22 @@ def form_of(group: Mapping[str, Any], n: int, dtype: torch.dtype) -> Form:
     )
 
 
-def _growth(group: Mapping[str, Any], method: Method, form: Form, noise: BatchNoise) -> Growth:
+def _growth(
+    group: Mapping[str, Any], method: Method, form: Form, noise: BatchNoise, forcing: float
+) -> Growth:
     """A residual that is asked for is met, whatever it gains."""
     if group["rtol"] is not None:
         return Growth(0.0, group["rtol"], form.max_size)
     gain = min(group["gain"], GAIN) if noise.is_seen else group["gain"]
-    return Growth(gain, method.rtol, form.max_size)
+    return Growth(gain, method.rtol * forcing, form.max_size)
+
+
+def _forcing(norm: float, last: float | None) -> float:
+    """Factor of the residual: small where gradients fall fast, so that the last steps converge quadratically.
+
+    Reference: Eisenstat and Walker (1996), Choosing the forcing terms in an inexact Newton method, choice 2.
+    """
+    return 1.0 if not last else min(1.0, (norm / last) ** 2)
 
 
 def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, state: Kept) -> Subspace:
@@ -168,38 +182,34 @@ def _start(
     size, damps = group[method.size], method.size == "damping"
     if size is not None:
         factor = MORE if noise.loses else 1.0
-        return float(size * factor if damps else size / factor)
+        return control.clamped(size * factor) if damps else max(size / factor, control.MIN_RADIUS)
     curvature = abs(space.steepest())
     first = FIRST_DAMPING * curvature if damps else model.norm / (curvature or math.inf)
     if not 0 < first < math.inf:
         return 1.0
-    return min(max(first, control.MIN_DAMPING), control.MAX_DAMPING) if damps else first
+    return control.clamped(first) if damps else first
 
 
-def _settled(
-    size: float | None, start: float, method: Method, space: Subspace, noise: BatchNoise
-) -> float | None:
+def _settled(size: float, start: float, method: Method, space: Subspace, noise: BatchNoise) -> float:
     """The next damping or radius; while steps lose on other samples a trial may not loosen it."""
-    if size is None:
-        return None
     if method.size == "radius":
         return min(size, start) if noise.loses else size
     least = start if noise.loses else min(start, space.least_damping())
     return max(size, least)
 
 
-def _untried(space: Subspace, size: float, rates: float | Tensor) -> Outcome:
+def _untried(space: Subspace, size: float, lr: float | Tensor) -> Outcome:
     solution = space.solve(size)
-    step = rates * solution.step
+    step = lr * solution.step
     trial = Trial(step, math.nan) if is_finite(step) else None
     return Outcome(solution.status, trial=trial, trials=1)
 
 
-def _with_rates(problem: ClosureProblem, model: QuadraticModel, full: Trial, rates: Tensor) -> Trial | None:
+def _with_rates(problem: ClosureProblem, model: QuadraticModel, full: Trial, lr: Tensor) -> Trial | None:
     """The step entry by entry times its rate, which is no longer the model's; else a shorter whole one."""
-    trial = problem.evaluate(rates * full.step)
+    trial = problem.evaluate(lr * full.step)
     if search.decreases_enough(model, trial):
         return trial
     # Not those that do not move.
-    smallest = float(rates[rates > 0].min())
-    return search.backtrack(problem, model, torch.where(rates > 0, smallest, 0.0) * full.step)
+    smallest = float(lr[lr > 0].min())
+    return search.backtrack(problem, model, torch.where(lr > 0, smallest, 0.0) * full.step)
