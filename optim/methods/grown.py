@@ -29,11 +29,14 @@ class Growth(NamedTuple):
             a product gained on average.
         rtol: Stop where the residual is below this, relative to the gradient.
         max_size: Stop at this dimension.
+        converges: Whether the model was right in the last step: where nothing bounds this one, only the
+            residual stops it.
     """
 
     gain: float
     rtol: float
     max_size: int
+    converges: bool = False
 
 
 class Ritz(NamedTuple):
@@ -139,8 +142,9 @@ class Grown:
         if left <= self._growth.rtol:
             return "converged"
         j = max(2, k // 4)
-        # Where nothing bounds the step, what is left of the system is left of the gradient.
-        if shift > 0 and k > max(j, 2):
+        # What is left of the system is left of the gradient.
+        converges = self._growth.converges and shift == 0
+        if not converges and k > max(j, 2):
             known = k - j in gains
             before = gains[k - j] if known else self._minimise(self._bound.minimise, size, k - j)[1].gain
             if (gains[k] - before) / j < self._growth.gain * gains[k] / (k + 2):

@@ -26,6 +26,8 @@ from secondorder.vectors.flat import is_finite
 
 # The first damping, of the curvature along the gradient (METHODS 12.1).
 FIRST_DAMPING = 0.1
+# A model that was right to this is near a minimum, where Newton's steps converge quadratically.
+CONVERGING = 0.05
 
 
 class Method(NamedTuple):
@@ -75,9 +77,7 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
     rate = rates(groups, model.gradient)
     noise = _noise(problem, group, state) if tries else BatchNoise()
     form = form_of(group, model.gradient.numel(), model.gradient.dtype)
-    forcing = _forcing(model.norm, group["gradient_norm"]) if method.size == "radius" else 1.0
-    growth = _growth(group, method, form, noise, forcing)
-    space = _space(model, method, form, growth, state)
+    space = _space(model, method, form, _growth(group, method, form, noise, model.norm), state)
     if space.size == 0 and space.is_free:
         return Result(Outcome("non_finite"), space, form)
     start = _start(group, method, model, space, noise)
@@ -91,7 +91,7 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
             **{method.size: _settled(outcome.size, start, method, space, noise)},
             batch_noise=tuple(noise),
             usual_products=usual_cost(group["usual_products"], form, space.products),
-            gradient_norm=model.norm,
+            gradient_norm=model.norm if abs(outcome.rho - 1) < CONVERGING else None,
         )
         if isinstance(method.rule, control.Nielsen):
             state.learn(damping_growth=method.rule.growth)
@@ -150,21 +150,21 @@ def form_of(group: Mapping[str, Any], n: int, dtype: torch.dtype) -> Form:
 
 
 def _growth(
-    group: Mapping[str, Any], method: Method, form: Form, noise: BatchNoise, forcing: float
+    group: Mapping[str, Any], method: Method, form: Form, noise: BatchNoise, gradient_norm: float
 ) -> Growth:
-    """A residual that is asked for is met, whatever it gains."""
-    if group["rtol"] is not None:
-        return Growth(0.0, group["rtol"], form.max_size)
-    gain = min(group["gain"], GAIN) if noise.is_seen else group["gain"]
-    return Growth(gain, method.rtol * forcing, form.max_size)
+    """A residual that is asked for is met, whatever it gains.
 
-
-def _forcing(norm: float, last: float | None) -> float:
-    """Factor of the residual: small where gradients fall fast, so that the last steps converge quadratically.
+    Within a radius the residual is small where gradients fall fast and the model was right, so that the last
+    steps converge quadratically.
 
     Reference: Eisenstat and Walker (1996), Choosing the forcing terms in an inexact Newton method, choice 2.
     """
-    return 1.0 if not last else min(1.0, (norm / last) ** 2)
+    if group["rtol"] is not None:
+        return Growth(0.0, group["rtol"], form.max_size)
+    gain = min(group["gain"], GAIN) if noise.is_seen else group["gain"]
+    last = group["gradient_norm"] if method.size == "radius" and not noise.is_seen else None
+    forcing = min(1.0, (gradient_norm / last) ** 2) if last else 1.0
+    return Growth(gain, method.rtol * forcing, form.max_size, converges=last is not None)
 
 
 def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, state: Kept) -> Subspace:
@@ -179,15 +179,26 @@ def _start(
     group: Mapping[str, Any], method: Method, model: QuadraticModel, space: Subspace, noise: BatchNoise
 ) -> float:
     """The first damping or radius of this step: in the first step, from the function."""
-    size, damps = group[method.size], method.size == "damping"
-    if size is not None:
-        factor = MORE if noise.loses else 1.0
-        return control.clamped(size * factor) if damps else max(size / factor, control.MIN_RADIUS)
+    size = group[method.size]
+    if size is None:
+        return _first_size(method, model, space)
+    if not noise.loses:
+        return float(size)
+    # Batches ask for no shorter steps than half of the one to the minimum along the gradient.
+    curvature = abs(space.steepest()) if space.is_free else math.inf
+    if method.size == "damping":
+        return control.clamped(min(MORE * size, max(size, curvature)))
+    return max(size / MORE, min(size, 0.5 * model.norm / (curvature or math.inf)), control.MIN_RADIUS)
+
+
+def _first_size(method: Method, model: QuadraticModel, space: Subspace) -> float:
+    """A tenth of the curvature along the gradient, or the length of the step to the minimum along it."""
     curvature = abs(space.steepest())
-    first = FIRST_DAMPING * curvature if damps else model.norm / (curvature or math.inf)
-    if not 0 < first < math.inf:
-        return 1.0
-    return control.clamped(first) if damps else first
+    if method.size == "damping":
+        first = control.clamped(FIRST_DAMPING * curvature) if 0 < curvature < math.inf else 1.0
+    else:
+        first = model.norm / (curvature or math.inf)
+    return first if 0 < first < math.inf else 1.0
 
 
 def _settled(size: float, start: float, method: Method, space: Subspace, noise: BatchNoise) -> float:
