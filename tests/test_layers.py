@@ -97,6 +97,8 @@ ORDER = [
     "optim.optimizers.hessian_free",
     "optim.optimizers.gauss_newton",
     "optim.functions",
+    "optim.functions.problem",
+    "optim.functions.saddle",
     "optim.functions.minimize",
     "optim",
 ]

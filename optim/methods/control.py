@@ -119,16 +119,16 @@ def nielsen_damping(damping: float, growth: float, rho: float) -> tuple[float, f
     return min(damping * growth, MAX_DAMPING), min(2 * growth, 1e6)
 
 
-def trust_radius(radius: float, rho: float, step_norm: float) -> float:
+def trust_radius(radius: float, rho: float, length: float) -> float:
     """Radius for the next trial: a quarter below rho = 1/4, 5/2 above 3/4 for a step that reached it.
 
     Reference: Conn, Gould and Toint (2000), Trust-region methods, section 17.1, whose intervals the
     constants lie in.
     """
     if not rho >= LOW:
-        shorter = min(radius, step_norm) if step_norm > 0 else radius
+        shorter = min(radius, length) if length > 0 else radius
         return max(0.25 * shorter, MIN_RADIUS)
-    return 2.5 * radius if rho > GOOD and step_norm >= 0.9 * radius else radius
+    return 2.5 * radius if rho > GOOD and length >= 0.9 * radius else radius
 
 
 class Rule(Protocol):
@@ -144,12 +144,12 @@ class Rule(Protocol):
         """
 
 
-def marquardt(size: float, rho: float, _: float) -> float:
+def marquardt(size: float, rho: float, _length: float) -> float:
     """``marquardt_damping`` as a ``Rule``."""
     return marquardt_damping(size, rho)
 
 
-def martens(size: float, rho: float, _: float) -> float:
+def martens(size: float, rho: float, _length: float) -> float:
     """``levenberg_marquardt_damping`` as a ``Rule``."""
     return levenberg_marquardt_damping(size, rho)
 

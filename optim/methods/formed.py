@@ -15,6 +15,9 @@ class Formed:
     Args:
         model: Its gradient is not zero.
         bound: Damped, or within a radius.
+
+    Attributes:
+        values: Eigenvalues, ascending, on the host in double precision, shape (n,); where ``size`` is not 0.
     """
 
     is_free = True
@@ -30,23 +33,23 @@ class Formed:
             return
         self._spectrum = spectrum((matrix + matrix.T) / 2, self._b)
         # The small algebra is on the host, in double precision.
-        self._values = self._spectrum.values.double().cpu()
+        self.values = self._spectrum.values.double().cpu()
         self._target = (self._spectrum.vectors.T @ self._b).double().cpu()
 
     def solve(self, size: float) -> Solution:
         """Minimise with damping ``size``, or within that radius."""
         solution = self._solution(self._bound.minimise, size)
-        if self._bound.reflected is None or not float(self._values[0]) < -self._spectrum.rounding:
+        if self._bound.reflected is None or not float(self.values[0]) < -self._spectrum.rounding:
             return solution
         return solution._replace(other=self._solution(self._bound.reflected, size))
 
     def _solution(self, minimise: Diagonal, size: float) -> Solution:
-        found = minimise(self._values, self._target, size, self._b.dtype)
+        found = minimise(self.values, self._target, size, self._b.dtype)
         y = found.values
         return Solution(
             self._spectrum.vectors @ y.to(self._b),
             float(self._target @ y),
-            float(self._values @ y.square()),
+            float(self.values @ y.square()),
             float(y.norm()),
             found.status,
             found.shift,
@@ -55,9 +58,9 @@ class Formed:
     def steepest(self) -> float:
         """Curvature along the gradient."""
         target = self._target / self._target.abs().max()
-        return float(self._values @ target.square() / target.square().sum())
+        return float(self.values @ target.square() / target.square().sum())
 
     def least_damping(self) -> float:
         """Below it damping changes nothing, or is rounding."""
-        lowest = float(self._values[0])
+        lowest = float(self.values[0])
         return least_damping(lowest if lowest > self._spectrum.rounding else 0.0, self.steepest())

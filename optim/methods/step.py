@@ -195,5 +195,9 @@ class Step:
         return trial
 
     def _outcome(self, best: _Attempt, following: float, trial: Trial | None) -> Outcome:
-        status = "noise_floor" if trial is None and best.is_final else best.solution.status
+        status = best.solution.status
+        if trial is None and best.is_final:
+            status = "noise_floor"
+        elif not math.isfinite(best.solution.predicted()):
+            status = "non_finite"
         return Outcome(status, best.rho, following, trial, self._trials)

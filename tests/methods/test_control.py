@@ -14,6 +14,11 @@ def test_levenberg_marquardt(rho, factor):
     assert control.levenberg_marquardt_damping(0.3, rho) == pytest.approx(0.3 * factor)
 
 
+@pytest.mark.parametrize(("rho", "factor"), [(-1, 4.0), (0.2, 4.0), (0.5, 1.0), (0.9, 0.25), (math.nan, 4.0)])
+def test_marquardt(rho, factor):
+    assert control.marquardt(0.3, rho, 1.0) == pytest.approx(0.3 * factor)
+
+
 def test_nielsen_on_acceptance():
     assert control.nielsen_damping(1.0, 8.0, 1.0) == (pytest.approx(1 / 3), 2.0)
     assert control.nielsen_damping(1.0, 8.0, 0.5) == (pytest.approx(1.0), 2.0)
@@ -39,7 +44,7 @@ def test_damping_stays_within_bounds():
 
 
 @pytest.mark.parametrize(
-    ("rho", "step_norm", "radius"),
+    ("rho", "length", "radius"),
     [
         (-1, 1.0, 0.25),
         (0.2, 0.4, 0.1),
@@ -49,8 +54,8 @@ def test_damping_stays_within_bounds():
         (math.nan, 1.0, 0.25),
     ],
 )
-def test_trust_radius(rho, step_norm, radius):
-    assert control.trust_radius(1.0, rho, step_norm) == pytest.approx(radius)
+def test_trust_radius(rho, length, radius):
+    assert control.trust_radius(1.0, rho, length) == pytest.approx(radius)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +68,11 @@ def test_reduction_ratio(actual, predicted, rho):
 
 def test_noise():
     eps = 2.0**-52
-    assert control.is_noise(0.0, eps, control.noise_of(1.0, eps))
-    assert control.is_noise(-50 * eps, eps, control.noise_of(1.0, eps))  # cancellation inside the loss
-    assert not control.is_noise(0.0, 100 * eps, control.noise_of(1.0, eps))
-    assert not control.is_noise(-1.0, eps, control.noise_of(1.0, eps))
-    assert not control.is_noise(-math.inf, eps, control.noise_of(1.0, eps))
-    assert not control.is_noise(math.nan, eps, control.noise_of(1.0, eps))
+    noise = control.noise_of(-1.0, eps)
+    assert noise == 10 * eps
+    assert control.is_noise(0.0, eps, noise)
+    assert control.is_noise(-50 * eps, eps, noise)  # cancellation inside the loss
+    assert not control.is_noise(0.0, 100 * eps, noise)
+    assert not control.is_noise(-1.0, eps, noise)
+    assert not control.is_noise(-math.inf, eps, noise)
+    assert not control.is_noise(math.nan, eps, noise)
