@@ -47,17 +47,17 @@ class GaussNewton(SecondOrderOptimizer):
             float64 parameters, up to ``direct_limit``, where their columns cost less than the space has been
             costing; see ``report.form``.
         direct_limit: Largest number of parameters for which "auto" forms the matrix.
-        memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
-            directions "auto" is "cg", and ``report.form`` says so.
-        rtol: Relative residual to which a step solves its system. None stops where another product does not
-            pay. CG stops at a
-            relative residual of 1e-2 then.
-        gain: Which is where it gains less than this part of what products gained on average; where batches
-            differ 0.3 at most.
-        max_iter: Or at this many products; CG too.
+        memory: Bytes that the space may take: six vectors of the parameters' size for each direction. Where
+            that is no room for eight directions "auto" is "cg", and ``report.form`` says so.
+        rtol: Relative residual to which a step solves its system. None: a space grows as long as another
+            product pays (CG: to 1e-2).
+        gain: Another product pays where it gains this part, or more, of what products gained on average. With
+            mini-batches 0.3, where that is less.
+        max_iter: Products allowed in one space, iterations in one solve by CG.
         max_trials: Dampings tried in one step.
-        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0
-            for none. None are with an ``lr`` other than one, or where batches differ from step to step.
+        max_extension: Multiples of the step up to this one are tried, as long as the loss falls, where the
+            model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another
+            ``lr`` than one, nor in a first step whose damping was given.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,

@@ -40,8 +40,10 @@ class HessianFree(SecondOrderOptimizer):
     step, as far as that pays; damping, a shorter or a longer step are then decided by evaluations of the loss
     alone.
 
-    Mini-batches: where the loss at the start of a step is not the one that the last step left, damping
-    follows what steps gained on the samples that came next (``report.noisy``).
+    Mini-batches are noticed where the loss is not the one that the last step left (``report.noisy``). Then a
+    step is halved, more so on a smaller batch than the last ones; its model must be right to a half; and the
+    last step is tried on the new samples, for one evaluation, where it must have kept a tenth of its gain, or
+    damping grows.
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
@@ -51,18 +53,19 @@ class HessianFree(SecondOrderOptimizer):
         solver: "subspace" is the above; "cg" Martens' own recipe: CG from the decayed last solution, stopped
             when the model no longer decreases, a choice among its iterates, a line search. "auto" is
             "subspace", or "cg" where ``memory`` is short.
-        memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
-            directions "auto" is "cg", and ``report.form`` says so.
-        rtol: Relative residual to which a step solves its system. None stops where another product does not
-            pay.
-        gain: Which is where it gains less than this part of what products gained on average; where batches
-            differ 0.3 at most.
-        max_iter: Or at this many products; CG too.
+        memory: Bytes that the space may take: six vectors of the parameters' size for each direction. Where
+            that is no room for eight directions "auto" is "cg", and ``report.form`` says so.
+        rtol: Relative residual to which a step solves its system. None: a space grows as long as another
+            product pays.
+        gain: Another product pays where it gains this part, or more, of what products gained on average. With
+            mini-batches 0.3, where that is less.
+        max_iter: Products allowed in one space, iterations in one solve by CG.
         progress: CG stops when the model decreased by less than this, relative, an iteration.
         decay: Factor of the last solution from which CG starts.
         max_trials: Dampings tried in one step.
-        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0
-            for none. None are with an ``lr`` other than one, or where batches differ from step to step.
+        max_extension: Multiples of the step up to this one are tried, as long as the loss falls, where the
+            model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another
+            ``lr`` than one, nor in a first step whose damping was given.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,

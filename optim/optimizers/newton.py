@@ -28,10 +28,15 @@ class Newton(SecondOrderOptimizer):
     """Newton's method: the exact Hessian, in a trust region.
 
     Indefinite Hessians are no problem: the step minimises the quadratic model inside a ball, exactly where
-    the matrix is formed, else in a space that grows by products, in which another radius costs none.
+    the matrix is formed, else in a space that grows by products from the gradient, in which another radius
+    costs none. Where the curvature is negative the minimiser of the model with ``abs(B)`` (Dauphin et al.
+    2014) is tried too, and the better one taken. A direction that the gradient does not see, at a saddle that
+    is symmetric, only ``solver="direct"`` finds.
 
-    Mini-batches: where the loss at the start of a step is not the one that the last step left, the radius
-    follows what steps gained on the samples that came next (``report.noisy``).
+    Mini-batches are noticed where the loss is not the one that the last step left (``report.noisy``). Then a
+    step is halved, more so on a smaller batch than the last ones; its model must be right to a half; and the
+    last step is tried on the new samples, for one evaluation, where it must have kept a tenth of its gain, or
+    radius shrinks.
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
@@ -42,17 +47,17 @@ class Newton(SecondOrderOptimizer):
             vectors. "auto" is "subspace", or "direct" for float64 parameters, up to ``direct_limit``, where
             their columns cost less than the space has been costing; see ``report.form``.
         direct_limit: Largest number of parameters for which "auto" forms the Hessian.
-        memory: Bytes that the space may take, 3 vectors for each direction. Where it has no room for 8
-            directions "auto" is "cg", and ``report.form`` says so.
-        rtol: Relative residual to which a step solves its system. None stops where another product does not
-            pay. CG stops at a
-            relative residual of 1e-2 then.
-        gain: Which is where it gains less than this part of what products gained on average; where batches
-            differ 0.3 at most.
-        max_iter: Or at this many products; CG too.
+        memory: Bytes that the space may take: six vectors of the parameters' size for each direction. Where
+            that is no room for eight directions "auto" is "cg", and ``report.form`` says so.
+        rtol: Relative residual to which a step solves its system. None: a space grows as long as another
+            product pays (CG: to 1e-2).
+        gain: Another product pays where it gains this part, or more, of what products gained on average. With
+            mini-batches 0.3, where that is less.
+        max_iter: Products allowed in one space, iterations in one solve by CG.
         max_trials: Radii tried in one step.
-        max_extension: Where the model was too careful, multiples of the step up to this one are tried; 1.0
-            for none. None are with an ``lr`` other than one, or where batches differ from step to step.
+        max_extension: Multiples of the step up to this one are tried, as long as the loss falls, where the
+            model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another
+            ``lr`` than one, nor in a first step whose radius was given.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
             gradient and curvature, not in ``.grad``. May differ between groups.
         damping_scale: A step is measured by ``sqrt(sum_i damping_scale_i p_i^2)``: where it is large, entries

@@ -14,6 +14,9 @@ from torch import nn
 
 import optim
 import secondorder
+from optim.methods.formed import Formed
+from optim.methods.grown import Grown
+from optim.methods.truncated import Truncated
 
 OPTIMIZERS = {"newton": optim.Newton, "hessian_free": optim.HessianFree, "gauss_newton": optim.GaussNewton}
 
@@ -707,7 +710,8 @@ def test_an_interrupt_leaves_everything_as_it_was(make, error, monkeypatch):
     def interrupted(*_):
         raise error("in the solve")
 
-    monkeypatch.setattr(optimizer, "_method", interrupted)
+    for form in (Grown, Formed, Truncated):
+        monkeypatch.setattr(form, "solve", interrupted)
     with pytest.raises(error, match="in the solve"):
         optimizer.step()
     now = (*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()))

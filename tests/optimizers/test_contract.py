@@ -12,6 +12,9 @@ import zoo
 from torch import nn
 
 import optim
+from optim.methods.formed import Formed
+from optim.methods.grown import Grown
+from optim.methods.truncated import Truncated
 from optim.optimizers.decay import WeightDecay
 
 OPTIMIZERS = {
@@ -373,7 +376,8 @@ def test_an_interrupt_in_a_solve_leaves_everything_as_it_was(make, error, monkey
     def interrupted(*_):
         raise error("in the solve")
 
-    monkeypatch.setattr(optimizer, "_method", interrupted)
+    for form in (Grown, Formed, Truncated):
+        monkeypatch.setattr(form, "solve", interrupted)
     with pytest.raises(error, match="in the solve"):
         optimizer.step(closure)
     assert all(map(torch.equal, parameters, before))

@@ -443,6 +443,8 @@ def test_a_hessian_that_is_not_finite_is_reported():
             optimizer.step(lambda: x.abs().pow(1.5).sum())
         assert optimizer.report.status == "non_finite"
         assert not optimizer.report.accepted
+        assert not optimizer.report.radius <= 0
+        assert "non_finite" in repr(optimizer.report)
     assert x.tolist() == [0.0, 1.0]
 
 
