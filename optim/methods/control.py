@@ -14,6 +14,9 @@ NOISE_FACTOR = 10.0
 # three-hump camel a step was rejected for ever.
 CANCELLATION = 100.0
 
+# A loss below this part of the rounding of its terms is all rounding: a converged cross-entropy.
+SUNK = 1e-2
+
 # A step is taken when rho exceeds this (Nielsen 1999, section 2).
 ACCEPTANCE = 1e-4
 

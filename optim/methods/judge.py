@@ -48,9 +48,9 @@ def judge(problem: Problem, model: QuadraticModel, trial: Trial, predicted: floa
     if not control.is_noise(actual, predicted, noise):
         if not math.isfinite(actual) or not control.is_refused(actual, predicted):
             return Judgement(rho)
-        limit = max(limit, problem.rounding())
         if not control.is_unseen(actual, predicted, limit):
-            return Judgement(rho)
+            # A refusal by a loss that is nothing but rounding is none to learn from.
+            return Judgement(rho, abs(model.value) < control.SUNK * problem.rounding())
     trapezoid = -0.5 * float((model.gradient + problem.gradient(trial)).dot(trial.step))
     by_gradients = control.reduction_ratio(trapezoid, predicted)
     if by_gradients > control.ACCEPTANCE or predicted <= limit:

@@ -68,7 +68,7 @@ class Problem(Protocol):
         """Usual rounding of ``decrease``: a smaller one means nothing."""
 
     def rounding(self) -> float:
-        """The most that rounding may change a value by; asked for where a trial is refused."""
+        """Of the terms that a value sums, or is a small difference of; asked for where a trial is refused."""
 
     def gradient(self, trial: Trial) -> Tensor:
         """The gradient after the step, shape (n,); asked for where the decrease is noise."""

@@ -128,13 +128,15 @@ def test_in_the_noise_the_control_only_loosens_what_holds_back(judgement, holds_
     assert judgement.for_control(holds_back) == told
 
 
-def test_terms_that_round_more_than_the_value_are_believed(tried):
-    """A converged cross-entropy: differences of the size of its logits' rounding say nothing."""
+def test_a_loss_that_is_all_rounding_refuses_quietly(tried):
+    """A converged cross-entropy, of logits that round to more than the loss: its increase teaches nothing."""
     model, trial = tried
-    noise, downhill = 1e-16, -2 * trial.step / trial.step.square().sum()
-    actual, predicted = -1e-9, 1e-10
-    assert not judge(Seen(actual, noise, downhill), model, trial, predicted).is_quiet
-    judgement = judge(Seen(actual, noise, downhill, rounding=1e-8), model, trial, predicted)
-    assert judgement.is_quiet
-    # What lies beyond them is a refusal.
-    assert not judge(Seen(-1e-7, noise, downhill, rounding=1e-8), model, trial, predicted).is_quiet
+    model = model._replace(value=1e-18)
+    refusal = Seen(3e-19 - 1e-18, 1e-32, rounding=1e-15)
+    judgement = judge(refusal, model, trial, 1e-18)
+    assert judgement == Judgement(pytest.approx(-0.7), True)
+    assert not judgement.is_accepted
+    assert judgement.for_control(True) == 0.5
+    # One that is not, aloud; and a decrease is one.
+    assert not judge(refusal, model._replace(value=1e-15), trial, 1e-18).is_quiet
+    assert judge(Seen(9e-19, 1e-32, rounding=1e-15), model, trial, 1e-18) == Judgement(pytest.approx(0.9))

@@ -82,7 +82,7 @@ CONFIGS = {
     "gauss_newton_cg": lambda: Config(
         lambda p: optim.GaussNewton(p, solver="cg"), plain, dtype=torch.bfloat16
     ),
-    "newton_rejected": lambda: Config(lambda p: optim.Newton(p, radius=1e3), plain),
+    "gauss_newton_rejected": lambda: Config(lambda p: optim.GaussNewton(p, damping=1e-9, rtol=1e-9), plain),
 }
 
 
