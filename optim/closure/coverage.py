@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.closure.edges import edge_of, reached
+from optim.closure.edges import Edge, edge_of, reached
 from optim.closure.losses import RecordedLoss
 from secondorder import Block
 from secondorder.operators.curvature import GradientBlock
@@ -101,11 +101,21 @@ def _gap(
     if any(recorded.outputs._version != recorded.version for recorded, _ in used):
         return CHANGED
     # A root that is a loss has its own weight, which need not be read.
-    known = {edge_of(root) for root in roots} if is_positive and len(roots) == 1 else set()
+    known = _copied(roots[0]) if is_positive and len(roots) == 1 else set()
     rest = [(r, w) for r, w in used if r.sign < 0 or edge_of(r.loss) not in known]
     if not all(_has_fitting_weight(recorded, weight) for recorded, weight in rest):
         return "a known loss enters the objective with a negative weight"
     return ""
+
+
+def _copied(root: Tensor) -> set[Edge]:
+    """Its edge, and those that it is a clone of: a recorded loss is handed out as one."""
+    edge = edge_of(root)
+    edges = {edge}
+    while edge[0].name() == "CloneBackward0" and edge[0].next_functions[0][0] is not None:
+        edge = edge[0].next_functions[0]
+        edges.add(edge)
+    return edges
 
 
 def _met_first(roots: Sequence[Tensor], losses: Sequence[RecordedLoss]) -> list[RecordedLoss]:

@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
         value: ``sign`` times it, as a number.
         objective: ``sign`` times the scalar with a graph whose gradient the closure asked for.
         gradient: ``sign`` times the gradient in ``.grad``, flat, shape (n,), in single precision at least.
-        largest: Its largest entry, in size.
+        norm: Its Euclidean norm.
         coverage: Blocks of the Gauss-Newton matrix, or why there are none.
         partial: Why the gradient is not that of ``objective`` alone, so that ``value`` says nothing about a
             step along it; empty where it is.
@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
     value: float
     objective: Tensor
     gradient: Tensor
-    largest: float
+    norm: float
     coverage: Coverage
     partial: str = ""
     cross_entropies: Sequence[RecordedLoss] = ()
@@ -139,7 +139,7 @@ class ClosureEvaluator:
 
     def _evaluation(self, asked: Asked, mode: Record, gradient: Tensor) -> Evaluation:
         """With objective and coverage of the roots, at curvature ``scale`` times theirs."""
-        largest = gradients.largest(gradient)
+        size = gradients.norm(gradient)
         tensors = [root for root, _ in asked.roots]
         factor = self._sign * asked.scale
         is_loss = mode.is_plain and len(tensors) == 1 and tensors[0] is asked.loss
@@ -153,9 +153,7 @@ class ClosureEvaluator:
             gradient = -gradient
         loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
         value, entropies = self._sign * asked.value, mode.log.cross_entropies()
-        return Evaluation(
-            loss, value, objective, gradient, largest, coverage, asked.partial, entropies, is_loss
-        )
+        return Evaluation(loss, value, objective, gradient, size, coverage, asked.partial, entropies, is_loss)
 
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:

@@ -42,19 +42,25 @@ def flat(parameters: Sequence[Tensor]) -> Tensor:
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def largest(gradient: Tensor) -> float:
-    """Its largest entry, in size: one host read.
+def norm(gradient: Tensor) -> float:
+    """Its Euclidean norm, which is not zero where an entry is not: one host read.
 
     Raises:
         RuntimeError: it is not finite.
     """
-    size = float(torch.linalg.vector_norm(gradient, math.inf))
-    if not math.isfinite(size):
+    orders = torch.stack([torch.linalg.vector_norm(gradient, order) for order in (math.inf, 2)])
+    largest, size = orders.tolist()
+    if not math.isfinite(largest):
         raise RuntimeError(
             "the gradient at the current parameters must be finite, got NaN or infinity;"
             " look for the operation with torch.autograd.set_detect_anomaly(True)."
         )
-    return size
+    # The squares may have left the range.
+    numbers = torch.finfo(gradient.dtype)
+    is_safe = largest * numbers.eps > math.sqrt(numbers.tiny) and math.isfinite(size)
+    if largest == 0 or is_safe:
+        return float(size)
+    return largest * float(torch.linalg.vector_norm(gradient / largest))
 
 
 def write(grads: Grads) -> None:

@@ -43,10 +43,9 @@ class Trial(NamedTuple):
     point: Any = None
 
 
-def norm(v: Tensor, largest: float | None = None) -> float:
-    """Euclidean norm of a vector whose squares may leave the range, given its largest entry if known."""
-    if largest is None:
-        largest = float(torch.linalg.vector_norm(v, math.inf))
+def norm(v: Tensor) -> float:
+    """Euclidean norm of a vector whose squares may leave the range."""
+    largest = float(torch.linalg.vector_norm(v, math.inf))
     if not 0 < largest < math.inf:
         return largest
     return largest * float(torch.linalg.vector_norm(v / largest))

@@ -62,7 +62,7 @@ class ClosureProblem:
         self._scaling = Scaling.of(groups, gradient)
         is_changed = bool(self._decay) or not self._scaling.is_plain
         plain, gradient = gradient, self._scaling.times(gradient)
-        size = norm(gradient, None if is_changed else evaluation.largest)
+        size = norm(gradient) if is_changed else evaluation.norm
         self._slope = size if self._scaling.is_plain else norm(plain)
         self._model = QuadraticModel(value, gradient, self._scaling.conjugated(curvature), size)
         self._rounding: float | None = None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from memory import peak_bytes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from optim.methods import control
@@ -343,3 +344,39 @@ def test_memory_is_kept_to():
         peaks.append(peak_bytes(step))
         assert optimizer.report.iterations == directions
     assert peaks[1] - peaks[0] < VECTORS * 4 * n * 12
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that are read off single precision: the small algebra of the host is in double."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        single = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.float32
+        self.count += single
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_reads_of_a_step(make):
+    """One a run of the closure, one more where a trial is refused; norms and products in one piece."""
+    torch.manual_seed(0)
+    X, y = torch.randn(60, 4), torch.randint(3, (60,))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    optimizer, calls = make(model.parameters()), []
+
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    for _ in range(5):
+        calls.clear()
+        with Reads() as reads:
+            optimizer.step(closure)
+        assert optimizer.report.accepted
+        assert len(calls) <= reads.count <= len(calls) + 1
