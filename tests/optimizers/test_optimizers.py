@@ -339,8 +339,8 @@ def test_single_precision_goes_below_where_a_formed_matrix_stalls(make):
     x = torch.linspace(-2, 2, 100).unsqueeze(1)
     model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     optimizer = make(model.parameters())
-    # What 100 steps of the first version took.
-    while cost < 2000:
+    # 100 steps of the first version took 4600 to 7600.
+    while cost < 4000:
         loss = optimizer.step(lambda: F.mse_loss(model(x), torch.sin(3 * x)))
         cost += optimizer.report.gradient_equivalents
     assert float(loss) < 2e-7
