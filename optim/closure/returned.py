@@ -27,9 +27,10 @@ def split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
             " optimization of Lightning), give the optimizer model=."
         )
     if isinstance(loss, Tensor) and loss.numel() != 1:
+        is_swapped = any(isinstance(output, Tensor) and output.numel() == 1 for output in outputs)
+        remedy = "return (loss, outputs), in this order" if is_swapped else "reduce it with mean() or sum()"
         raise RuntimeError(
-            f"the loss that closure returns must be a scalar, got shape {tuple(loss.shape)};"
-            " reduce it with mean() or sum()."
+            f"the loss that closure returns must be a scalar, got shape {tuple(loss.shape)}; {remedy}."
         )
     for output in outputs:
         if not isinstance(output, Tensor):

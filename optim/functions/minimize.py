@@ -79,6 +79,8 @@ class MinimizeResult(NamedTuple):
         nfev: Evaluations of ``fun``.
         njev: Gradients.
         nhev: Dense Hessians ("newton") or products with the Hessian ("newton-cg").
+        success: Whether ``status`` is "converged".
+        message: One sentence on ``status``.
     """
 
     x: Tensor
@@ -104,7 +106,8 @@ class MinimizeResult(NamedTuple):
         return (
             f"MinimizeResult(status={self.status!r}, fun={self.fun:.10g}, "
             f"grad_norm={float(self.grad.abs().max()) if self.grad.numel() else 0.0:.3g}, "
-            f"nit={self.nit}, nfev={self.nfev}, njev={self.njev}, nhev={self.nhev})\nx = {self.x}"
+            f"nit={self.nit}, nfev={self.nfev}, njev={self.njev}, nhev={self.nhev})\n"
+            f"{self.message}\nx = {self.x}"
         )
 
 
@@ -146,6 +149,7 @@ def minimize(
 
     Raises:
         TypeError: ``x0`` is not a floating-point tensor; ``fun`` returns no tensor; an argument is unknown.
+        RuntimeError: under ``torch.inference_mode``.
         ValueError: an option is out of range; ``fun(x0)`` is not one finite number or does not depend on x.
 
     Cost: "newton": a step takes one evaluation; one that is taken also a gradient and a Hessian (``n``
@@ -164,7 +168,12 @@ def minimize(
     refuse_arguments(minimize, unsupported, INSTEAD)
     if not isinstance(x0, Tensor) or x0.dtype not in (torch.float64, torch.float32):
         kind = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
-        raise TypeError(f"x0 must be a tensor of float64 or float32, got {kind}; use torch.tensor(...).")
+        remedy = "x0.float()" if isinstance(x0, Tensor) else "torch.tensor(...)"
+        raise TypeError(f"x0 must be a tensor of float64 or float32, got {kind}; use {remedy}.")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a MinimizeResult, got {type(callback).__name__}.")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("minimize needs derivatives, which torch.inference_mode() takes away; leave it.")
     options = {"method": method, "max_iter": max_iter, "gtol": gtol, "radius": radius}
     check_choice(options, "method", METHODS)
     check_count(options, "max_iter")

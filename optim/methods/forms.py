@@ -59,7 +59,10 @@ def choose(
         and BLOCK_COST * n <= (usual or USUAL)
     ):
         return Form("formed", f"{n} columns cost less than {usual or USUAL:.0f} products", n)
-    return Form("grown", "as asked" if solver == "subspace" else "by products", size)
+    why = "as asked" if solver == "subspace" else "by products"
+    if room < min(n, max_iter):
+        why += f", memory={memory:.3g} bytes hold {max(room, 1)} directions"
+    return Form("grown", why, size)
 
 
 def usual_cost(usual: float, form: Form, products: int) -> float:

@@ -148,7 +148,7 @@ class Grown:
             known = k - j in gains
             before = gains[k - j] if known else self._minimise(self._bound.minimise, size, k - j)[1].gain
             if (gains[k] - before) / j < self._growth.gain * gains[k] / (k + 2):
-                return "stopped"
+                return "enough"
         return ""
 
     def _solution(self, y: Tensor, found: Coordinates, size: float, status: str) -> Solution:

@@ -55,5 +55,5 @@ def judge(problem: Problem, model: QuadraticModel, trial: Trial, predicted: floa
     by_gradients = control.reduction_ratio(trapezoid, predicted)
     if by_gradients > control.ACCEPTANCE or predicted <= limit:
         return Judgement(by_gradients, True, control.REACH * predicted > noise)
-    # Both say that a large step gains nothing; at a loss of zero there is no rounding to compare with.
-    return Judgement(rho, trial.value == 0)
+    # Both say that a large step gains nothing.
+    return Judgement(rho)

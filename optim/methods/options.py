@@ -134,14 +134,25 @@ _REASONS = {
 }
 
 
+# Options that loops for LBFGS, Adam or SGD have.
+_OF_OTHERS = frozenset(
+    (
+        *("amsgrad", "betas", "dampening", "eps", "history_size", "line_search_fn", "max_eval", "momentum"),
+        *("nesterov", "tolerance_change", "tolerance_grad"),
+    )
+)
+_FOREIGN = " Leave it out: a step finds its own direction and length."
+
+
 def refuse(optimizer: type, options: Mapping[str, Any]) -> None:
     """Raise TypeError for options that are not the optimizer's; those at torch's defaults pass."""
     for name, value in options.items():
         if name not in _REASONS:
             known = list(inspect.signature(optimizer).parameters)[1:-1]
-            raise TypeError(
-                f"{optimizer.__name__} got an unexpected option {name!r}; it takes {', '.join(known)}."
-            )
+            close = [f" Did you mean {other}?" for other in difflib.get_close_matches(name, known, n=1)]
+            remedy = _FOREIGN if name in _OF_OTHERS else "".join(close)
+            text = f"{optimizer.__name__} got an unexpected option {name!r}; it takes {', '.join(known)}."
+            raise TypeError(text + remedy)
         if value:
             raise TypeError(f"{optimizer.__name__} does not support {name}={value!r}: {_REASONS[name]}.")
 

@@ -45,7 +45,7 @@ class Trial(NamedTuple):
 
 def norm(v: Tensor) -> float:
     """Euclidean norm of a vector whose squares may leave the range."""
-    largest = float(torch.linalg.vector_norm(v, math.inf))
+    largest = float(torch.linalg.vector_norm(v, math.inf)) if v.numel() else 0.0
     if not 0 < largest < math.inf:
         return largest
     return largest * float(torch.linalg.vector_norm(v / largest))

@@ -166,6 +166,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 the parameters, or does so by what was computed outside of the closure. Parameters, gradients,
                 buffers and random state are unchanged.
         """
+        if torch.is_inference_mode_enabled():
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name} needs derivatives, which torch.inference_mode() takes away; leave it."
+            )
         check_groups(self.param_groups, self.defaults, self._check_options)
         parameters = joint(self.param_groups, type(self).__name__)
         state = Kept(self.state, self.param_groups, parameters)

@@ -50,7 +50,7 @@ class Kept:
         is_whole = len(parts) == len(self._parameters) and all(len(part) == len(values) for part in parts)
         if not values or not is_whole or length != sum(p.numel() for p in self._parameters):
             return None
-        return Ritz(flatten_rows([_single(part) for part in parts]), values, rest)
+        return Ritz(flatten_rows(parts), values, rest)
 
     def vector(self, name: str) -> Tensor | None:
         """A vector that was kept, zero for parameters that came since; None where there is none."""
@@ -58,7 +58,7 @@ class Kept:
         if all(part is None for part in parts):
             return None
         pairs = zip(parts, self._parameters, strict=True)
-        return flatten([_single(torch.zeros_like(p) if part is None else part) for part, p in pairs])
+        return flatten([_single(torch.zeros_like(p)) if part is None else part for part, p in pairs])
 
     def keep_space(self, space: Subspace | None, with_solution: bool) -> None:
         """Keep the space, or the solution of CG, for the next step."""
@@ -93,12 +93,17 @@ class Kept:
             self._state[parameter][name] = part.clone()
 
     def _parts(self, name: str) -> list[Tensor | None]:
-        # Not state[p], which would make an entry.
-        return [self._state.get(p, {}).get(name) for p in self._parameters]
+        # Not state[p], which would make an entry. As the parameters are now: a model may be cast.
+        found = [(p, self._state.get(p, {}).get(name)) for p in self._parameters]
+        return [part if part is None else part.to(p.device, _single_of(p)) for p, part in found]
+
+
+def _single_of(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _single(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(_single_of(tensor))
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ class Newton(SecondOrderOptimizer):
     Indefinite Hessians are no problem: the step minimises the quadratic model inside a ball, exactly where
     the matrix is formed, else in a space that grows by products from the gradient, in which another radius
     costs none. Where the curvature is negative the minimiser of the model with ``abs(B)`` (Dauphin et al.
-    2014) is tried too, and the better one taken. A direction that the gradient does not see, at a saddle that
-    is symmetric, only ``solver="direct"`` finds.
+    2014) is tried too, and the better one taken. A direction that the gradient does not see, near a saddle
+    that is symmetric, only a matrix that is formed shows (``solver="direct"``); where the gradient vanishes
+    there is no step.
 
     Mini-batches are noticed where the loss is not the one that the last step left (``report.noisy``). Then a
     step is halved, more so on a smaller batch than the last ones; its model must be right to a half; and the

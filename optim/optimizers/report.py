@@ -52,7 +52,7 @@ class StepReport(NamedTuple):
         radius: Trust radius for the next step; infinity for a method with damping. NaN likewise.
         gradient_norm: Euclidean norm of the gradient before the step.
         step_norm: Euclidean norm of the step taken.
-        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``; "stopped": another product would not
+        status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``; "enough": another product would not
             have paid), or "zero_gradient", "zero_lr", "non_finite" where there was nothing to solve;
             "noise_floor" where loss and gradients show no decrease that rounding would not hide.
         iterations: Dimension of the space in which the step was found, or iterations of CG in all trials.

@@ -83,3 +83,22 @@ def test_a_rotation_of_the_variables_turns_the_path(problem):
     ]
     assert abs(results[0].nit - results[1].nit) <= 1
     assert results[1].fun == pytest.approx(results[0].fun, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["newton", "newton-cg"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_hilltop_at_zero_is_left(method, dtype):
+    """The first trial ends where the function is zero again: a smaller radius is asked for."""
+    result = optim.minimize(lambda x: (x**4 - x**2).sum(), torch.zeros(3, dtype=dtype), method=method)
+    assert result.success
+    torch.testing.assert_close(result.x.abs(), torch.full((3,), 0.5**0.5, dtype=dtype), rtol=1e-3, atol=0.0)
+
+
+def test_what_is_no_start_or_callback():
+    with pytest.raises(TypeError, match=r"got torch.float16; use x0.float\(\)"):
+        optim.minimize(lambda x: x.sum(), torch.zeros(1, dtype=torch.float16))
+    with pytest.raises(TypeError, match="callback must be a function of a MinimizeResult, got int"):
+        optim.minimize(lambda x: x.square().sum(), torch.ones(1), callback=3)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) takes away"):
+        optim.minimize(lambda x: x.square().sum(), torch.ones(1))
+    assert optim.minimize(lambda x: x.sum() + 0 * x.square().sum(), torch.zeros(0)).status == "converged"

@@ -109,8 +109,8 @@ def test_a_large_step_that_gains_nothing_is_refused_aloud(tried):
     uphill = torch.tensor([1.0, 0.0], dtype=torch.float64)
     judgement = judge(Seen(0.0, 1e-16, uphill), model, trial._replace(value=1.0), 0.5)
     assert (judgement.rho, judgement.is_quiet) == (0.0, False)
-    # At a value of zero there is no rounding to compare with.
-    assert judge(Seen(0.0, 0.0, uphill), model, trial._replace(value=0.0), 0.5).is_quiet
+    # Whatever the value: between a hilltop at zero and a zero beyond it lies a minimum.
+    assert not judge(Seen(0.0, 0.0, uphill), model, trial._replace(value=0.0), 0.5).is_quiet
 
 
 @pytest.mark.parametrize(

@@ -380,3 +380,38 @@ def test_host_reads_of_a_step(make):
             optimizer.step(closure)
         assert optimizer.report.accepted
         assert len(calls) <= reads.count <= len(calls) + 1
+
+
+def test_options_of_other_optimizers_and_typos_are_named(make):
+    w = [torch.ones(2, requires_grad=True)]
+    with pytest.raises(TypeError, match=r"'history_size'; it takes .* Leave it out: a step finds its own"):
+        make(w, history_size=10)
+    with pytest.raises(TypeError, match=r"'max_iters'; it takes .* Did you mean max_iter\?"):
+        make(w, max_iters=10)
+
+
+def test_a_step_in_inference_mode_says_so(make):
+    w = torch.ones(2, requires_grad=True)
+    optimizer = make([w])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) takes away"):
+        optimizer.step(lambda: w.square().sum())
+
+
+def test_loss_and_outputs_in_the_other_order(make):
+    case = zoo.network("mlp_mse")
+    with pytest.raises(RuntimeError, match=r"return \(loss, outputs\), in this order"):
+        make(case.model.parameters()).step(lambda: (case.outputs(), case.value()))
+
+
+@pytest.mark.parametrize("solver", ["subspace", "cg"])
+def test_a_model_that_is_cast_goes_on(make, solver):
+    case = zoo.network("mlp_mse")
+    case = case._replace(inputs=case.inputs.float(), targets=case.targets.float())
+    case.model.float()
+    optimizer = make(case.model.parameters(), solver=solver)
+    train(optimizer, case, 2)
+    case.model.double()
+    wide = case._replace(inputs=case.inputs.double(), targets=case.targets.double())
+    for _ in range(2):
+        train(optimizer, wide, 1)
+        assert optimizer.report.accepted
