@@ -23,8 +23,7 @@ ACCEPTANCE = 1e-4
 # The ratio at which none of the rules below changes anything, and that from which the radius and Martens'
 # damping loosen.
 NEUTRAL, GOOD = 0.5, 0.75
-# Below it the model is worth less than a step with more damping; below the other, another trial (METHODS
-# 12.1).
+# Below it the model is worth less than a step with more damping; below the other, another trial.
 LOW, BAD = 0.25, 0.1
 # Above it twice the step is tried.
 EXTEND = 0.5

@@ -1,7 +1,7 @@
 """A space grown by products: generalised Davidson with the last step's space as preconditioner.
 
 Reference: Davidson (1975), The iterative calculation of a few of the lowest eigenvalues; Morgan and Scott
-(1986), Generalizations of Davidson's method. The stopping rule is measured (DESIGN, METHODS 12.1).
+(1986), Generalizations of Davidson's method. The stopping rule is measured (``tests/benchmarks``).
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _rounding(values: Tensor, dtype: torch.dtype) -> float:
 DAMPED, WITHIN = Bound(damped), Bound(bounded, reflected)
 
 
-# Damping below this part of the smallest eigenvalue changes nothing (METHODS 12.1), nor, where that is zero,
+# Damping below this part of the smallest eigenvalue changes nothing, as measured, nor, where that is zero,
 # does it below this part of the curvature along the gradient.
 OF_LOWEST, OF_STEEPEST = 0.1, 1e-12
 

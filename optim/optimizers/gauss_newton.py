@@ -28,13 +28,20 @@ from optim.optimizers.report import StepReport
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
-# Relative residuals that leave little to gain: of a space (METHODS 12.1), and of CG.
+# Relative residuals that leave little to gain: of a space, as measured, and of CG.
 RTOL, CG_RTOL = 0.03, 1e-2
 RULES = ("marquardt", "nielsen")
 
 
 class GaussNewton(SecondOrderOptimizer):
-    """Gauss-Newton with Levenberg-Marquardt damping: as ``HessianFree``, with tighter solves.
+    """Gauss-Newton with Levenberg-Marquardt damping.
+
+    The step of ``HessianFree`` with systems that are solved further, for residuals that go to zero: fits, and
+    physics-informed networks. The matrix of a small model in double precision is formed where that is
+    cheaper.
+
+    Mini-batches are noticed where the loss is not the one that the last step left (``report.noisy``), as by
+    ``HessianFree``.
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.

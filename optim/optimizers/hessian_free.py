@@ -29,21 +29,21 @@ from optim.optimizers.report import StepReport
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "cg")
-# Relative residuals that leave little to gain: of a space (METHODS 12.1).
+# Relative residuals that leave little to gain: of a space, as measured.
 RTOL = 0.1
 
 
 class HessianFree(SecondOrderOptimizer):
-    """Hessian-free optimization (Martens 2010) in a space in which every damping is free.
+    """Hessian-free optimization (Martens 2010) in a space in which another damping costs no product.
 
     A step grows a space by products with the Gauss-Newton matrix, preconditioned by the space of the last
     step, as far as that pays; damping, a shorter or a longer step are then decided by evaluations of the loss
     alone.
 
     Mini-batches are noticed where the loss is not the one that the last step left (``report.noisy``). Then a
-    step is halved, more so on a smaller batch than the last ones; its model must be right to a half; and the
-    last step is tried on the new samples, for one evaluation, where it must have kept a tenth of its gain, or
-    damping grows.
+    step is halved, more so on a smaller batch than the last ones; it must gain half of what its model
+    promises; and the last step is tried on the new samples, for one evaluation, where it must have kept a
+    tenth of its gain, or damping grows.
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.
@@ -60,8 +60,8 @@ class HessianFree(SecondOrderOptimizer):
         gain: Another product pays where it gains this part, or more, of what products gained on average. With
             mini-batches 0.3, where that is less.
         max_iter: Products allowed in one space, iterations in one solve by CG.
-        progress: CG stops when the model decreased by less than this, relative, an iteration.
-        decay: Factor of the last solution from which CG starts.
+        progress: With "cg": it stops when the model decreased by less than this, relative, an iteration.
+        decay: With "cg": factor of the last solution, from which it starts.
         max_trials: Dampings tried in one step.
         max_extension: Multiples of the step up to this one are tried, as long as the loss falls, where the
             model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another

@@ -20,7 +20,7 @@ from optim.optimizers.report import StepReport
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
-# Relative residuals that leave little to gain: of a space (METHODS 12.1), and of CG.
+# Relative residuals that leave little to gain: of a space, as measured, and of CG.
 RTOL, CG_RTOL = 1e-2, 1e-2
 
 
@@ -35,9 +35,9 @@ class Newton(SecondOrderOptimizer):
     there is no step.
 
     Mini-batches are noticed where the loss is not the one that the last step left (``report.noisy``). Then a
-    step is halved, more so on a smaller batch than the last ones; its model must be right to a half; and the
-    last step is tried on the new samples, for one evaluation, where it must have kept a tenth of its gain, or
-    radius shrinks.
+    step is halved, more so on a smaller batch than the last ones; it must gain half of what its model
+    promises; and the last step is tried on the new samples, for one evaluation, where it must have kept a
+    tenth of its gain, or radius shrinks.
 
     Args:
         params: Parameters or parameter groups, as for every torch optimizer.

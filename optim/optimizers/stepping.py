@@ -24,7 +24,7 @@ from optim.optimizers.kept import SOLUTION, STEP, VECTORS, Kept
 from optim.optimizers.problem import ClosureProblem
 from secondorder.vectors.flat import is_finite
 
-# The first damping, of the curvature along the gradient (METHODS 12.1).
+# The first damping, of the curvature along the gradient.
 FIRST_DAMPING = 0.1
 # A model that was right to this is near a minimum, where Newton's steps converge quadratically.
 CONVERGING = 0.05
