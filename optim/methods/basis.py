@@ -27,8 +27,8 @@ class Basis:
         size: Directions, ``k``; 0 where the first product was not finite.
         products: That were made.
         seconds: In them.
-        end: Why no direction can be added: "converged", as none is left that would not be rounding, or
-            "max_iter"; empty while one can.
+        end: Why no direction can be added: "converged", as none is left that would not be rounding,
+            "non_finite", as the last product was not finite, or "max_iter"; empty while one can.
         H: ``V^T B V`` and more, on the host in double precision, at least (k, k).
         G: ``(B V)^T B V`` likewise.
     """
@@ -61,8 +61,9 @@ class Basis:
         self.seconds += time.perf_counter() - start
         read = torch.cat([V @ W[k], W @ W[k], lengths]).tolist()
         column, square, (first, second) = read[: k + 1], read[k + 1 : 2 * k + 2], read[-2:]
-        if not all(map(math.isfinite, column)) or (k and not second > INDEPENDENT * first):
-            self.end = "converged"
+        is_finite = all(map(math.isfinite, column))
+        if not is_finite or (k and not second > INDEPENDENT * first):
+            self.end = "converged" if is_finite else "non_finite"
             return
         for matrix, entries in ((self.H, column), (self.G, square)):
             matrix[k, : k + 1] = matrix[: k + 1, k] = torch.tensor(entries, dtype=torch.float64)

@@ -12,8 +12,10 @@ from optim.functions.problem import FunctionProblem
 from optim.methods.control import marquardt, trust_radius
 from optim.methods.formed import Formed
 from optim.methods.grown import Grown, Growth
+from optim.methods.problem import QuadraticModel
 from optim.methods.step import Options, Step
 from optim.methods.subspace import DAMPED, WITHIN, Bound, bounded
+from secondorder import FunctionOperator
 
 # Dense solutions in float64 of matrices with a condition of at most 1e3.
 RTOL = 1e-9
@@ -177,3 +179,21 @@ def test_a_model_beyond_the_range_of_numbers_is_not_finite():
     model = model._replace(gradient=model.gradient * math.inf)
     outcome = Step(f, model, Formed(model, BALL), trust_radius, Options()).take(1.0)
     assert (outcome.status, outcome.trial, f.nfev) == ("non_finite", None, 1)
+
+
+def test_a_product_that_is_not_finite_ends_the_space_and_is_said():
+    """What was found before it stands; the status does not call it converged."""
+    values = torch.linspace(1.0, 20.0, 12, dtype=torch.float64)
+    calls = []
+
+    def product(v):
+        calls.append(1)
+        return values * v * (float("nan") if len(calls) == 4 else 1.0)
+
+    b = torch.ones(12, dtype=torch.float64)
+    model = QuadraticModel(0.0, -b, FunctionOperator(product, b), float(b.norm()))
+    solution = grown(model, DAMPED).solve(0.5)
+    assert solution.status == "non_finite"
+    assert len(calls) == 4
+    assert bool(solution.step.isfinite().all())
+    assert solution.predicted() > 0

@@ -284,11 +284,7 @@ def test_a_group_without_a_rate_is_as_good_as_frozen(make):
             first.requires_grad_(False)
             optimizer = make(last.parameters())
         else:
-            groups = [{"params": first.parameters(), "lr": 0.0}, {"params": last.parameters(), "lr": 0.5}]
-            optimizer = make(groups)
-            last_rate = optimizer.param_groups[1]["lr"]
-            assert last_rate == 0.5
-            optimizer.param_groups[1]["lr"] = 1.0
+            optimizer = make([{"params": first.parameters(), "lr": 0.0}, {"params": last.parameters()}])
         before = [p.detach().clone() for p in first.parameters()]
         for _ in range(8):
             train(optimizer, case, 1)
