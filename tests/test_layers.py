@@ -73,6 +73,7 @@ ORDER = [
     "optim.methods.problem",
     "optim.methods.batches",
     "optim.methods.judge",
+    "optim.methods.cubic",
     "optim.methods.subspace",
     "optim.methods.basis",
     "optim.methods.grown",

@@ -200,9 +200,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 curvature = self._curvature(evaluation)
             problem = ClosureProblem(evaluator, evaluation, curvature.operator, self.param_groups)
             clock.recorded()
-            result = find_step(problem, self.param_groups, self._method(), state, not evaluation.partial)
+            method = self._method()
+            result = find_step(problem, self.param_groups, method, state, not evaluation.partial)
         cost = Cost(repeated, PRODUCT_COST[type(curvature.operator)])
-        report = reported(problem, result, self.param_groups[0], curvature.description, cost, clock)
+        bounded = method.size, self.param_groups[0][method.size]
+        report = reported(problem, result, bounded, curvature.description, cost, clock)
         problem.move(result.outcome.trial, then=lambda: self._source.close(parameters))
         return evaluation.loss, report
 
