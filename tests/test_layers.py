@@ -59,6 +59,7 @@ ORDER = [
     "optim.closure.proof",
     "optim.closure.modes",
     "optim.closure.runs",
+    "optim.closure.hidden",
     "optim.closure.evaluate",
     "optim.closure.rounding",
     "optim.closure.nodes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,12 +20,15 @@ class QuadraticModel(NamedTuple):
         gradient: Its gradient, flat, shape (n,), in single precision at least.
         curvature: Symmetric operator on flat vectors, undamped.
         norm: Euclidean norm of the gradient, which is not zero where an entry is not.
+        extra: Quadratic form ``p . E p`` of what is in ``curvature`` to hold steps back, as damping does, and
+            not in the objective: steps are not judged by it. None for nothing.
     """
 
     value: float
     gradient: Tensor
     curvature: LinearOperator
     norm: float
+    extra: Callable[[Tensor], float] | None = None
 
 
 class Trial(NamedTuple):

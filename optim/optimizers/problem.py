@@ -21,12 +21,15 @@ from optim.optimizers.groups import Groups
 from optim.optimizers.scaling import Scaling
 from secondorder import LinearOperator
 
+# In gradients: a derivative of outputs along a step, on the kept graph.
+FORM_COST = 0.4
+
 
 class Spent(NamedTuple):
-    """Calls of the closure in a step, beside the one that is recorded, and their seconds."""
+    """Evaluations and gradients in a step, beside those that are recorded, and their seconds."""
 
     evaluations: int = 0
-    gradients: int = 0
+    gradients: float = 0.0
     seconds: float = 0.0
 
 
@@ -38,6 +41,7 @@ class ClosureProblem:
         evaluation: At the present parameters.
         curvature: Of the loss, on flat vectors.
         groups: Of the optimizer.
+        extra: As of a ``QuadraticModel``, on steps of the parameters.
 
     Attributes:
         spent: On trials, so far.
@@ -49,6 +53,7 @@ class ClosureProblem:
         evaluation: Evaluation,
         curvature: LinearOperator,
         groups: Groups,
+        extra: Callable[[Tensor], float] | None = None,
     ) -> None:
         self._evaluator, self._evaluation = evaluator, evaluation
         self._decay = WeightDecay.of(groups)
@@ -64,7 +69,9 @@ class ClosureProblem:
         plain, gradient = gradient, self._scaling.times(gradient)
         size = norm(gradient) if is_changed else evaluation.norm
         self._slope = size if self._scaling.is_plain else norm(plain)
-        self._model = QuadraticModel(value, gradient, self._scaling.conjugated(curvature), size)
+        self._extra = extra
+        curvature = self._scaling.conjugated(curvature)
+        self._model = QuadraticModel(value, gradient, curvature, size, None if extra is None else self._form)
         self._rounding: float | None = None
         self.spent = Spent()
 
@@ -121,12 +128,19 @@ class ClosureProblem:
         """Euclidean norm of the gradient in the units of the parameters."""
         return self._slope
 
+    def _form(self, step: Tensor) -> float:
+        """The quadratic form of ``extra``, in scaled variables."""
+        start, extra = time.perf_counter(), self._extra
+        value = 0.0 if extra is None else extra(self._scaling.times(step))
+        self._spend(start, gradients=FORM_COST)
+        return value
+
     def outputs(self) -> int:
         """How many outputs the loss is of; 0 where no known loss was called."""
         blocks = self._evaluation.coverage.blocks
         return sum(output.numel() for block in blocks for output in getattr(block, "outputs", ()))
 
-    def _spend(self, start: float, evaluations: int = 0, gradients: int = 0) -> None:
+    def _spend(self, start: float, evaluations: int = 0, gradients: float = 0.0) -> None:
         old = self.spent
         seconds = old.seconds + time.perf_counter() - start
         self.spent = Spent(old.evaluations + evaluations, old.gradients + gradients, seconds)

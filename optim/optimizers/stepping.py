@@ -18,9 +18,9 @@ from optim.methods.grown import Grown, Growth
 from optim.methods.problem import QuadraticModel, Trial
 from optim.methods.step import Options, Outcome, Step
 from optim.methods.subspace import Bound, Subspace
-from optim.methods.truncated import Solver, Truncated
+from optim.methods.truncated import Sketch, Solver, Truncated
 from optim.optimizers.groups import Groups, rates
-from optim.optimizers.kept import SOLUTION, STEP, VECTORS, Kept
+from optim.optimizers.kept import SKETCH, SOLUTION, STEP, VECTORS, Kept
 from optim.optimizers.problem import ClosureProblem
 from secondorder.vectors.flat import is_finite
 
@@ -41,6 +41,7 @@ class Method(NamedTuple):
         truncated: CG in place of a space; None for none.
         rtol: Relative residual at which a space need not grow, where none is asked for.
         keeps_solution: Whether CG starts from its last solution.
+        sketch: What preconditions CG; None for nothing.
     """
 
     size: str
@@ -49,6 +50,7 @@ class Method(NamedTuple):
     truncated: Solver | None
     rtol: float
     keeps_solution: bool = False
+    sketch: Sketch | None = None
 
 
 class Result(NamedTuple):
@@ -101,6 +103,7 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
         state.learn(batch_noise=None)
         outcome = _untried(space, start, rate)
     state.keep_space(space, method.keeps_solution)
+    state.keep_sketch(method.sketch)
     state.keep_step(outcome.trial, is_wanted=noise.changes > 0)
     return Result(outcome, space, form, noise.is_seen)
 
@@ -110,7 +113,8 @@ def make_state(state: Kept, group: Mapping[str, Any], method: Method, parameters
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     form = form_of(group, method, sum(p.numel() for p in parameters), dtype).name
     if form == "grown" or (form == "cg" and method.keeps_solution):
-        state.make(VECTORS if form == "grown" else SOLUTION)
+        of_cg = (SOLUTION,) if method.sketch is None else (SOLUTION, SKETCH)
+        state.make(*((VECTORS,) if form == "grown" else of_cg))
 
 
 def _options(group: Mapping[str, Any], is_first: bool, lr: float | Tensor, noise: BatchNoise) -> Options:

@@ -246,6 +246,23 @@ class GaussNewton(ThroughOutputs):
         parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in outputs]
         return any(bool(part.any()) for part in multiply(parts, False))
 
+    def forms(self, v: Tensor) -> list[float]:
+        """``v . J_k^T (w_k H_k) J_k v`` for each block ``k``.
+
+        Args:
+            v: Shape (n,).
+
+        Cost: a derivative along ``v``, about 0.4 gradients, and one host read.
+        """
+        forms = v.new_zeros(len(self._middles))
+        with self._rung():
+            parts = self.jacobian.forward(self._layout.unflatten(v.to(self.dtype)), False)
+            for form, (multiply, where) in zip(forms, self._middles, strict=True):
+                for u, product in zip(parts[where], multiply(parts[where], False), strict=True):
+                    form += (u * product).sum()
+        values: list[float] = forms.tolist()
+        return values
+
     @classmethod
     def of_blocks(
         cls,
