@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
@@ -56,8 +57,10 @@ class HiddenStates:
                 f"structural_damping needs hidden states, but no {what} gave outputs with a graph while a"
                 " closure ran; give step a closure, and name the modules in structural=."
             )
-        factor = weight / sum(state.numel() for state in self._seen)
-        return GradientBlock(tuple(factor * state for state in self._seen), tuple(self._seen))
+        # As one tensor: of a cell one state is a function of another, which a block may not see.
+        flat = [state.reshape(-1) for state in self._seen]
+        states = self._seen[0] if len(flat) == 1 else torch.cat(flat)
+        return GradientBlock((weight / states.numel() * states,), (states,))
 
     def clear(self) -> None:
         """Forget them: they hold the graph."""
