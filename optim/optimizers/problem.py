@@ -69,9 +69,16 @@ class ClosureProblem:
         plain, gradient = gradient, self._scaling.times(gradient)
         size = norm(gradient) if is_changed else evaluation.norm
         self._slope = size if self._scaling.is_plain else norm(plain)
-        self._extra = extra
         curvature = self._scaling.conjugated(curvature)
-        self._model = QuadraticModel(value, gradient, curvature, size, None if extra is None else self._form)
+
+        def form(step: Tensor) -> float:
+            """Of ``extra``, in scaled variables."""
+            start = time.perf_counter()
+            found = extra(self._scaling.times(step)) if extra else 0.0
+            self._spend(start, gradients=FORM_COST)
+            return found
+
+        self._model = QuadraticModel(value, gradient, curvature, size, form if extra else None)
         self._rounding: float | None = None
         self.spent = Spent()
 
@@ -127,13 +134,6 @@ class ClosureProblem:
     def slope(self) -> float:
         """Euclidean norm of the gradient in the units of the parameters."""
         return self._slope
-
-    def _form(self, step: Tensor) -> float:
-        """The quadratic form of ``extra``, in scaled variables."""
-        start, extra = time.perf_counter(), self._extra
-        value = 0.0 if extra is None else extra(self._scaling.times(step))
-        self._spend(start, gradients=FORM_COST)
-        return value
 
     def outputs(self) -> int:
         """How many outputs the loss is of; 0 where no known loss was called."""

@@ -166,7 +166,7 @@ def _growth(
     Reference: Eisenstat and Walker (1996), Choosing the forcing terms in an inexact Newton method, choice 2.
     """
     if group["rtol"] is not None:
-        return Growth(0.0, group["rtol"], form.max_size)
+        return Growth(-math.inf, group["rtol"], form.max_size)
     gain = min(group["gain"], GAIN) if noise.is_seen else group["gain"]
     last = group["gradient_norm"] if method.size != "damping" and not noise.is_seen else None
     forcing = min(1.0, (gradient_norm / last) ** 2) if last else 1.0
