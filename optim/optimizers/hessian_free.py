@@ -59,11 +59,12 @@ class HessianFree(SecondOrderOptimizer):
             Poisson outputs): the exact Fisher matrix, which equals the Gauss-Newton matrix there, and a
             warning, or with ``strict`` an error, for others; or "hessian", with steps that go downhill along
             negative curvature too. There is no empirical Fisher matrix: what a sample is a closure does not
-            say, and with it steps of this kind do not train; see ``secondorder.EmpiricalFisher``.
+            say, and on digits steps with it ended near a loss of 1e-2, where these reach 1e-4; see
+            ``secondorder.EmpiricalFisher``.
         structural_damping: Weight of the mean squared change of hidden states, beside the squared length of a
             step, in what damping multiplies, parameter squared over state squared: for recurrent networks,
             whose states a short step can throw far. It adds a part to each product, none of its own, and to
-            each damping that is tried a derivative along the step. It follows the damping from step to step;
+            each damping that is tried the cost of a gradient. It follows the damping from step to step;
             inside one it keeps that of its start, and in the first step it waits for one, unless ``damping``
             is given. Not in a step that falls back to the Hessian.
         structural: Modules whose outputs are these states; None for every ``nn.RNN``, ``nn.LSTM``, ``nn.GRU``
