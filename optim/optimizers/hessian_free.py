@@ -169,7 +169,7 @@ class HessianFree(SecondOrderOptimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
         """As of all optimizers here; with structural damping the first call of the closure is watched."""
-        if self.param_groups[0]["structural_damping"]:
+        if self.param_groups[0].get("structural_damping"):
             closure = self._hidden.watching(closure)
         try:
             return super().step(closure)
