@@ -28,6 +28,7 @@ class Coverage(NamedTuple):
         is_whole: False when the user named outputs past which parameters enter the loss.
         has_own_terms: Whether a block is the Hessian of terms of parameters alone.
         losses: Names of the losses that cover it.
+        has_states: Whether the last block is of hidden states, and no part of the objective.
         prove: Looks further where the losses do not cover the objective, and for these terms.
     """
 
@@ -36,6 +37,7 @@ class Coverage(NamedTuple):
     is_whole: bool = True
     has_own_terms: bool = False
     losses: tuple[str, ...] = ()
+    has_states: bool = False
     prove: Callable[[], Coverage] | None = None
 
     def proved(self) -> Coverage:

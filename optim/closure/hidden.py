@@ -58,8 +58,9 @@ class HiddenStates:
                 " closure ran; give step a closure, and name the modules in structural=."
             )
         # As one tensor: of a cell one state is a function of another, which a block may not see.
-        flat = [state.reshape(-1) for state in self._seen]
-        states = self._seen[0] if len(flat) == 1 else torch.cat(flat)
+        whole = self._seen if len(self._seen) == 1 else [torch.cat([s.reshape(-1) for s in self._seen])]
+        # In half precision the weight may vanish.
+        states = whole[0].to(torch.promote_types(whole[0].dtype, torch.float32))
         return GradientBlock((weight / states.numel() * states,), (states,))
 
     def clear(self) -> None:

@@ -170,4 +170,5 @@ class Grown:
             scale * float(y.norm()),
             status if found.status == "converged" else found.status,
             found.shift,
+            coordinates=scale * y,
         )

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from secondorder import LinearOperator
 
+# Of a step (n,), and its coordinates in the vectors that were multiplied, if there are some.
+Form = Callable[[Tensor, Tensor | None], float]
+
 
 class QuadraticModel(NamedTuple):
     """``m(p) = value + gradient . p + p . curvature p / 2``.
@@ -20,15 +23,16 @@ class QuadraticModel(NamedTuple):
         gradient: Its gradient, flat, shape (n,), in single precision at least.
         curvature: Symmetric operator on flat vectors, undamped.
         norm: Euclidean norm of the gradient, which is not zero where an entry is not.
-        extra: Quadratic form ``p . E p`` of what is in ``curvature`` to hold steps back, as damping does, and
-            not in the objective: steps are not judged by it. None for nothing.
+        form: ``p . B p`` of the objective's own ``B``, by which steps are judged, where ``curvature`` holds
+            more, to hold them back as damping does: of a step, and its coordinates in the vectors that
+            ``curvature`` has multiplied, in their order, shape (k,), or None. None where it holds no more.
     """
 
     value: float
     gradient: Tensor
     curvature: LinearOperator
     norm: float
-    extra: Callable[[Tensor], float] | None = None
+    form: Form | None = None
 
 
 class Trial(NamedTuple):

@@ -125,10 +125,10 @@ class Step:
 
     def _solved(self, size: float) -> Solution:
         """With the quadratic form of the objective alone."""
-        solution, extra = self._space.solve(size), self._model.extra
-        if extra is None:
+        solution, form = self._space.solve(size), self._model.form
+        if form is None:
             return solution
-        return solution._replace(quadratic=solution.quadratic - extra(solution.step))
+        return solution._replace(quadratic=form(solution.step, solution.coordinates))
 
     def _judged(self, size: float, solution: Solution) -> _Attempt:
         rate = self._options.rate

@@ -29,6 +29,7 @@ class Solution(NamedTuple):
         shift: What is added to the curvature: the damping, the multiplier of the radius, or the weight of the
             cubic term times the length.
         earlier: Iterates before it, shortest first, that may be better where it is refused.
+        coordinates: In the vectors that the curvature has multiplied, shape (k,); None where there are none.
         other: Another candidate of the same bound, which may be better; None for none.
     """
 
@@ -39,6 +40,7 @@ class Solution(NamedTuple):
     status: str
     shift: float
     earlier: tuple[Tensor, ...] = ()
+    coordinates: Tensor | None = None
     other: Solution | None = None
 
     def predicted(self, factor: float = 1.0) -> float:

@@ -198,8 +198,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         with evaluator.differentiating():
             with torch.enable_grad():
                 curvature = self._curvature(evaluation)
-            operator, extra = curvature.operator, curvature.extra
-            problem = ClosureProblem(evaluator, evaluation, operator, self.param_groups, extra)
+            operator, form = curvature.operator, curvature.form
+            problem = ClosureProblem(evaluator, evaluation, operator, self.param_groups, form)
             clock.recorded()
             method = self._method()
             result = find_step(problem, self.param_groups, method, state, not evaluation.partial)

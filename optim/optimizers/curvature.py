@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from optim.closure.coverage import Coverage
 from optim.closure.evaluate import Evaluation
+from optim.methods.basis import uploaded
+from optim.methods.problem import Form
 from optim.optimizers.checks import Notices
 from secondorder import GaussNewton, Hessian, LinearOperator
 from secondorder.operators.curvature import GradientBlock
@@ -23,9 +26,6 @@ LIKELIHOODS = frozenset(
     )
 )
 
-# Of a product on the kept graph, in gradients of a deep network.
-PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
-
 
 class Curvature(NamedTuple):
     """A curvature, and why.
@@ -35,14 +35,51 @@ class Curvature(NamedTuple):
         description: For the report.
         complaint: What is missing; empty where nothing is.
         consequence: What is done about it.
-        extra: As of a ``QuadraticModel``, on steps of the parameters.
+        form: As of a ``QuadraticModel``.
     """
 
     operator: LinearOperator
     description: str
     complaint: str = ""
     consequence: str = ""
-    extra: Callable[[Tensor], float] | None = None
+    form: Form | None = None
+
+
+class Structured(GaussNewton):
+    """A Gauss-Newton matrix whose last block is of hidden states, and no part of the objective.
+
+    It keeps what its products found in the outputs of the other blocks, so that the form of a combination of
+    the vectors that were multiplied costs no pass through the network.
+
+    Reference: Martens and Sutskever (2011), Learning recurrent neural networks with Hessian-free
+        optimization, section 3.2.
+    """
+
+    def form(self, step: Tensor, coordinates: Tensor | None) -> float:
+        """``step . B step`` without the last block; by a pass forward where there are no coordinates."""
+        if coordinates is None:
+            return sum(self.forms(step)[:-1])
+        known = zip(*self._tangents[: len(coordinates)], strict=True)
+        parts = [_combined(coordinates, torch.stack(us)) for us in known]
+        return sum(self.forms_in_outputs(parts, len(self._middles) - 1))
+
+    def _middle(self, parts: list[Tensor], batched: bool) -> list[Tensor]:
+        self._tangents.append(parts[: self._middles[-1][1].start])
+        return super()._middle(parts, batched)
+
+    def _set_up(self, *arguments: Any) -> None:
+        super()._set_up(*arguments)
+        self._tangents: list[list[Tensor]] = []
+
+
+def _combined(coordinates: Tensor, rows: Tensor) -> Tensor:
+    """In single precision at least, in the dtype of the rows."""
+    single = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return torch.tensordot(uploaded(coordinates, single), single, 1).to(rows.dtype)
+
+
+# Of a product on the kept graph, in gradients of a deep network.
+PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3, Structured: 4 / 3}
 
 
 def hessian(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
@@ -94,22 +131,12 @@ def with_states(evaluation: Evaluation, states: GradientBlock) -> Evaluation:
     """With hidden states as further outputs, where there is a Gauss-Newton matrix.
 
     Their products are parts of those of the others: one pass forward and one back, as without them.
-
-    Reference: Martens and Sutskever (2011), Learning recurrent neural networks with Hessian-free
-        optimization, section 3.2.
     """
     coverage = evaluation.coverage.proved()
-    blocks = (*coverage.blocks, states) if coverage.blocks else ()
-    return evaluation._replace(coverage=coverage._replace(blocks=blocks, prove=None))
-
-
-def structured(curvature: Curvature) -> Curvature:
-    """A matrix whose last block is of hidden states: they hold steps back, and are not in the objective."""
-    operator = curvature.operator
-    if not isinstance(operator, GaussNewton):
-        return curvature
-    description = f"{curvature.description} + structural damping"
-    return curvature._replace(description=description, extra=lambda p: operator.forms(p)[-1])
+    if not coverage.blocks:
+        return evaluation
+    blocks = (*coverage.blocks, states)
+    return evaluation._replace(coverage=coverage._replace(blocks=blocks, has_states=True, prove=None))
 
 
 def _said(choice: Curvature, name: str, strict: bool, notices: Notices) -> Curvature:
@@ -124,7 +151,8 @@ def _said(choice: Curvature, name: str, strict: bool, notices: Notices) -> Curva
 
 def _gauss_newton(coverage: Coverage, evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
     blocks, description = coverage.blocks, coverage.description
-    operator = GaussNewton.of_blocks(blocks, parameters) if blocks else None
+    matrix = Structured if coverage.has_states else GaussNewton
+    operator = matrix.of_blocks(blocks, parameters) if blocks else None
     if operator is not None and description.startswith("explicit") and not operator.has_curvature():
         operator = None
         description = "the loss is linear in the outputs that were returned (log-probabilities?)"
@@ -138,11 +166,12 @@ def _gauss_newton(coverage: Coverage, evaluation: Evaluation, parameters: Sequen
             "The exact Hessian is used instead.",
         )
     own = " + hessian of a term of the parameters" if coverage.has_own_terms else ""
+    own += " + structural damping" if coverage.has_states else ""
+    form = operator.form if isinstance(operator, Structured) else None
+    found = Curvature(operator, f"gauss-newton ({description}){own}", form=form)
     if coverage.is_whole:
-        return Curvature(operator, f"gauss-newton ({description}){own}")
-    return Curvature(
-        operator,
-        f"gauss-newton ({description}){own}",
-        f"was given outputs that do not carry the whole loss: {description}.",
-        "The curvature of what enters past them is left out.",
+        return found
+    return found._replace(
+        complaint=f"was given outputs that do not carry the whole loss: {description}.",
+        consequence="The curvature of what enters past them is left out.",
     )

@@ -25,7 +25,7 @@ from optim.methods.options import (
 from optim.methods.subspace import DAMPED
 from optim.methods.truncated import truncated_gradients
 from optim.optimizers.base import SecondOrderOptimizer
-from optim.optimizers.curvature import Curvature, fisher, gauss_newton, hessian, structured, with_states
+from optim.optimizers.curvature import Curvature, fisher, gauss_newton, hessian, with_states
 from optim.optimizers.groups import moving
 from optim.optimizers.kept import SKETCH_VALUES, SOLUTION, Kept
 from optim.optimizers.report import StepReport
@@ -63,10 +63,10 @@ class HessianFree(SecondOrderOptimizer):
             ``secondorder.EmpiricalFisher``.
         structural_damping: Weight of the mean squared change of hidden states, beside the squared length of a
             step, in what damping multiplies, parameter squared over state squared: for recurrent networks,
-            whose states a short step can throw far. It adds a part to each product, none of its own, and to
-            each damping that is tried the cost of a gradient. It follows the damping from step to step;
-            inside one it keeps that of its start, and in the first step it waits for one, unless ``damping``
-            is given. Not in a step that falls back to the Hessian.
+            whose states a short step can throw far. It adds a part to each product, none of its own (with
+            "cg" a pass forward to each solve). It follows the damping from step to step; inside one it keeps
+            that of its start, so that another damping costs no product, and in the first step it waits for
+            one, unless ``damping`` is given. Not in a step that falls back to the Hessian.
         structural: Modules whose outputs are these states; None for every ``nn.RNN``, ``nn.LSTM``, ``nn.GRU``
             and cell of theirs that the closure calls.
         solver: "subspace" is the above; "cg" Martens' own recipe: CG from the decayed last solution, stopped
@@ -211,8 +211,7 @@ class HessianFree(SecondOrderOptimizer):
             states = self._hidden.block(weight)
             evaluation = with_states(evaluation, states) if weight else evaluation
         find = CURVATURES[group["curvature"]]
-        curvature = find(evaluation, parameters, type(self).__name__, group["strict"], self._notices)
-        return structured(curvature) if weight else curvature
+        return find(evaluation, parameters, type(self).__name__, group["strict"], self._notices)
 
     def _method(self) -> Method:
         groups, group = self.param_groups, self.param_groups[0]

@@ -15,7 +15,7 @@ from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from optim.closure.rounding import rounding
 from optim.closure.setting import moved, trial
 from optim.methods import control
-from optim.methods.problem import QuadraticModel, Trial, norm
+from optim.methods.problem import Form, QuadraticModel, Trial, norm
 from optim.optimizers.decay import WeightDecay
 from optim.optimizers.groups import Groups
 from optim.optimizers.scaling import Scaling
@@ -38,7 +38,7 @@ class ClosureProblem:
         evaluation: At the present parameters.
         curvature: Of the loss, on flat vectors.
         groups: Of the optimizer.
-        extra: As of a ``QuadraticModel``, on steps of the parameters.
+        form: As of a ``QuadraticModel``, of the loss alone.
 
     Attributes:
         spent: On trials, so far.
@@ -50,7 +50,7 @@ class ClosureProblem:
         evaluation: Evaluation,
         curvature: LinearOperator,
         groups: Groups,
-        extra: Callable[[Tensor], float] | None = None,
+        form: Form | None = None,
     ) -> None:
         self._evaluator, self._evaluation = evaluator, evaluation
         self._decay = WeightDecay.of(groups)
@@ -68,15 +68,8 @@ class ClosureProblem:
         self._slope = size if self._scaling.is_plain else norm(plain)
         curvature = self._scaling.conjugated(curvature)
 
-        def form(step: Tensor) -> float:
-            """Of ``extra``, in scaled variables."""
-            start = time.perf_counter()
-            found = extra(self._scaling.times(step)) if extra else 0.0
-            # A derivative along the step: up to one and a half of a recurrent network, less of others.
-            self._spend(start, gradients=1)
-            return found
-
-        self._model = QuadraticModel(value, gradient, curvature, size, form if extra else None)
+        judged = None if form is None else _with_decay(form, self._decay, self._scaling)
+        self._model = QuadraticModel(value, gradient, curvature, size, judged)
         self._rounding: float | None = None
         self.spent = Spent()
 
@@ -142,3 +135,14 @@ class ClosureProblem:
         old = self.spent
         seconds = old.seconds + time.perf_counter() - start
         self.spent = Spent(old.evaluations + evaluations, old.gradients + gradients, seconds)
+
+
+def _with_decay(form: Form, decay: WeightDecay, scaling: Scaling) -> Form:
+    """That of the loss, and of the decay, of steps in scaled variables."""
+
+    def judged(step: Tensor, coordinates: Tensor | None) -> float:
+        step = scaling.times(step)
+        own = float((decay.diagonal(step) * step).dot(step)) if decay else 0.0
+        return own + form(step, coordinates)
+
+    return judged

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 import optim
 from optim.closure.hidden import HiddenStates
+from secondorder import GaussNewton, Jacobian
 
 DOUBLE = torch.float64
 SAMPLES, STEPS = 7, 5
@@ -111,12 +112,14 @@ def test_a_step_solves_the_dense_system(data, kind, solver):
 
 
 def test_groups_scale_steps_and_not_states(data):
-    model, damping, weight = made(), 0.3, 5.0
+    """Weight decay is of the objective."""
+    model, damping, weight, decay = made(), 0.3, 5.0, 0.2
     g, G, S = dense(model, data)
     before = flat(model)
+    g, G = g + decay * before, G + decay * torch.eye(len(g), dtype=DOUBLE)
     groups = [{"params": model.rnn.parameters()}, {"params": model.linear.parameters(), "damping_scale": 9.0}]
     options = dict(damping=damping, structural_damping=weight, rtol=1e-12, max_trials=1, max_extension=1.0)
-    optimizer = optim.HessianFree(groups, **options)
+    optimizer = optim.HessianFree(groups, weight_decay=decay, **options)
     optimizer.step(closure_of(model, data))
     scale = torch.ones_like(g)
     scale[-4:] = 9.0
@@ -125,6 +128,21 @@ def test_groups_scale_steps_and_not_states(data):
     promised = float(-g @ expected - 0.5 * expected @ G @ expected)
     report = optimizer.report
     assert report.rho == pytest.approx((report.loss - report.new_loss) / promised, rel=1e-6)
+
+
+def test_another_damping_costs_no_pass_through_the_network(data, monkeypatch):
+    """Nor another product: the form of a step is that of what products found."""
+    model = made()
+    optimizer = optim.HessianFree(model.parameters(), damping=1e-6, structural_damping=1.0, rtol=1e-6)
+    monkeypatch.setattr(GaussNewton, "forms", None)
+    passes, forward = [], Jacobian.forward.fget
+    monkeypatch.setattr(Jacobian, "forward", property(lambda self: passes.append(1) or forward(self)))
+    optimizer.step(closure_of(model, data))
+    report = optimizer.report
+    assert report.accepted
+    assert report.trials > 2
+    # One when the matrix is made: its graph is kept.
+    assert len(passes) == report.products + 1
 
 
 def test_it_holds_the_states_in_place(data):
@@ -162,7 +180,7 @@ def test_it_adds_no_pass_to_a_product(data, monkeypatch):
         products = optimizer.report.products
         assert products > 3
         calls[weight] = len(count), products
-    # Its own: the gradient of its block, the product with it in each product, and the form of the step.
+    # Its own: the gradient of its block, and the product with it, and the form of the step, in outputs.
     per_product = {w: count / products for w, (count, products) in calls.items()}
     assert per_product[1.0] <= per_product[0.0] + 1.5
 
