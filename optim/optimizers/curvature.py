@@ -51,9 +51,14 @@ class Structured(GaussNewton):
     It keeps what its products found in the outputs of the other blocks, so that the form of a combination of
     the vectors that were multiplied costs no pass through the network.
 
+    Attributes:
+        keeps: Whether it does.
+
     Reference: Martens and Sutskever (2011), Learning recurrent neural networks with Hessian-free
         optimization, section 3.2.
     """
+
+    keeps = True
 
     def form(self, step: Tensor, coordinates: Tensor | None) -> float:
         """``step . B step`` without the last block; by a pass forward where there are no coordinates."""
@@ -64,7 +69,8 @@ class Structured(GaussNewton):
         return sum(self.forms_in_outputs(parts, len(self._middles) - 1))
 
     def _middle(self, parts: list[Tensor], batched: bool) -> list[Tensor]:
-        self._tangents.append(parts[: self._middles[-1][1].start])
+        if self.keeps:
+            self._tangents.append(parts[: self._middles[-1][1].start])
         return super()._middle(parts, batched)
 
     def _set_up(self, *arguments: Any) -> None:

@@ -25,7 +25,7 @@ from optim.methods.options import (
 from optim.methods.subspace import DAMPED
 from optim.methods.truncated import truncated_gradients
 from optim.optimizers.base import SecondOrderOptimizer
-from optim.optimizers.curvature import Curvature, fisher, gauss_newton, hessian, with_states
+from optim.optimizers.curvature import Curvature, Structured, fisher, gauss_newton, hessian, with_states
 from optim.optimizers.groups import moving
 from optim.optimizers.kept import SKETCH_VALUES, SOLUTION, Kept
 from optim.optimizers.report import StepReport
@@ -211,7 +211,11 @@ class HessianFree(SecondOrderOptimizer):
             states = self._hidden.block(weight)
             evaluation = with_states(evaluation, states) if weight else evaluation
         find = CURVATURES[group["curvature"]]
-        return find(evaluation, parameters, type(self).__name__, group["strict"], self._notices)
+        curvature = find(evaluation, parameters, type(self).__name__, group["strict"], self._notices)
+        if isinstance(curvature.operator, Structured):
+            # Solutions of CG have no coordinates in what it multiplied.
+            curvature.operator.keeps = group["solver"] != "cg"
+        return curvature
 
     def _method(self) -> Method:
         groups, group = self.param_groups, self.param_groups[0]

@@ -69,7 +69,7 @@ INGREDIENTS = {
     "fisher": Ingredient(optim.HessianFree, swap, (1e-1, 1e-2), {"curvature": "fisher"}, 1.0),
     "hessian": Ingredient(optim.HessianFree, swap, (1e-1, 1e-2), {"curvature": "hessian"}, 2.5),
     "structural": Ingredient(
-        optim.HessianFree, partial(rnn, 50), (1e-1, 1e-2), {"structural_damping": 30.0}, 1.0
+        optim.HessianFree, partial(rnn, 50), (1e-1, 1e-2), {"structural_damping": 30.0}, 0.9
     ),
     "nystrom": Ingredient(
         optim.HessianFree,
