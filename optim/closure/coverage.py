@@ -27,6 +27,8 @@ class Coverage(NamedTuple):
         description: Names of the losses, or the reason why they do not cover it.
         is_whole: False when the user named outputs past which parameters enter the loss.
         has_own_terms: Whether a block is the Hessian of terms of parameters alone.
+        losses: Names of the losses that cover it.
+        has_states: Whether the last block is of hidden states, and no part of the objective.
         prove: Looks further where the losses do not cover the objective, and for these terms.
     """
 
@@ -34,6 +36,8 @@ class Coverage(NamedTuple):
     description: str
     is_whole: bool = True
     has_own_terms: bool = False
+    losses: tuple[str, ...] = ()
+    has_states: bool = False
     prove: Callable[[], Coverage] | None = None
 
     def proved(self) -> Coverage:
@@ -62,8 +66,8 @@ def cover(
     used = _used(roots, root_gradients, live)
     if reason := _gap(roots, used, parameters, is_positive):
         return Coverage((), reason)
-    names = dict.fromkeys(recorded.name for recorded, _ in used)
-    return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names))
+    names = tuple(dict.fromkeys(recorded.name for recorded, _ in used))
+    return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names), losses=names)
 
 
 def _used(

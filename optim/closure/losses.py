@@ -156,6 +156,8 @@ class LossLog:
             name = f"{needed} + {name}"
         if outputs is None or not _is_convex(func, arguments):
             return result
+        if func is F.poisson_nll_loss and not arguments.get("log_input", True):
+            name = "poisson_nll_loss of rates"
         self.losses.append(
             RecordedLoss(
                 *(name, result, outputs, outputs._version),

@@ -110,7 +110,8 @@ class Proof:
         blocks: list[AnyBlock] = [Block(r.loss, (r.outputs,), self._weights[edge_of(r.loss)]) for r in used]
         blocks += [*convex, *self._own(alone)]
         names = [recorded.name for recorded in used] + ["convex in the outputs"] * bool(convex)
-        return Coverage(tuple(blocks), ", ".join(dict.fromkeys(names)), has_own_terms=bool(alone))
+        unique = tuple(dict.fromkeys(names))
+        return Coverage(tuple(blocks), ", ".join(unique), has_own_terms=bool(alone), losses=unique)
 
     def _in_outputs(self, edges: Sequence[Edge]) -> list[tuple[Edge, GradientBlock | None]]:
         """Outputs of the terms, each with the block of those that have them; none where they are linear."""

@@ -30,7 +30,15 @@ class Form(NamedTuple):
 
 
 def choose(
-    solver: str, n: int, dtype: torch.dtype, *, usual: float, memory: float, max_iter: int, direct_limit: int
+    solver: str,
+    n: int,
+    dtype: torch.dtype,
+    *,
+    usual: float,
+    memory: float,
+    max_iter: int,
+    direct_limit: int,
+    has_cg: bool = True,
 ) -> Form:
     """The form for a model of ``n`` parameters.
 
@@ -42,6 +50,7 @@ def choose(
         memory: Bytes that a space may take.
         max_iter: Products allowed.
         direct_limit: Parameters up to which "auto" may form the matrix; 0 for never.
+        has_cg: Whether "auto" may be "cg".
     """
     room = int(memory / (VECTORS * n * dtype.itemsize))
     size = max(1, min(n, max_iter, room))
@@ -49,7 +58,7 @@ def choose(
         return Form("formed", "as asked", n)
     if solver == "cg":
         return Form("cg", "as asked", 0)
-    if solver == "auto" and room < min(LEAST_SIZE, n):
+    if solver == "auto" and has_cg and room < min(LEAST_SIZE, n):
         return Form("cg", f"memory={memory:.3g} bytes hold {room} directions", 0)
     # In single precision the small eigenvalues of a formed matrix are rounding.
     if (

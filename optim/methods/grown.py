@@ -19,6 +19,8 @@ from optim.methods.subspace import Bound, Coordinates, Diagonal, Solution, least
 
 # A residual below this, relative and squared, is lost in the products that it is a difference of.
 RESOLUTION = 100.0
+# A shift of which the quadratic form is this part of that of the curvature bounds no step.
+NEGLIGIBLE = 1e-2
 
 
 class Growth(NamedTuple):
@@ -29,8 +31,8 @@ class Growth(NamedTuple):
             a product gained on average.
         rtol: Stop where the residual is below this, relative to the gradient.
         max_size: Stop at this dimension.
-        converges: Whether the model was right in the last step: where nothing bounds this one, only the
-            residual stops it.
+        converges: Whether the model was right in the last step: where next to nothing bounds this one, only
+            the residual stops it.
     """
 
     gain: float
@@ -143,7 +145,8 @@ class Grown:
             return "converged"
         j = max(2, k // 4)
         # What is left of the system is left of the gradient.
-        converges = self._growth.converges and shift == 0
+        is_free = shift * float(y.square().sum()) <= NEGLIGIBLE * float(y @ H @ y)
+        converges = self._growth.converges and is_free
         if not converges and k > max(j, 2):
             known = k - j in gains
             before = gains[k - j] if known else self._minimise(self._bound.minimise, size, k - j)[1].gain
@@ -167,4 +170,5 @@ class Grown:
             scale * float(y.norm()),
             status if found.status == "converged" else found.status,
             found.shift,
+            coordinates=scale * y,
         )

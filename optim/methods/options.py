@@ -52,6 +52,12 @@ def check_optional(options: Mapping[str, Any], *names: str) -> None:
     check_positive(options, *(name for name in names if options[name] is not None))
 
 
+def check_unused(options: Mapping[str, Any], name: str, by: str) -> None:
+    """Raise ValueError where an option is given that another one's value makes no use of."""
+    if options[name] is not None:
+        raise ValueError(f"{name} must be None with {by}={options[by]!r}, got {options[name]!r}.")
+
+
 def check_shared(options: Mapping[str, Any]) -> None:
     """Check the options that all optimizers have.
 

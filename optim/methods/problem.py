@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from secondorder import LinearOperator
+
+# Of a step (n,), and its coordinates in the vectors that were multiplied, if there are some.
+Form = Callable[[Tensor, Tensor | None], float]
 
 
 class QuadraticModel(NamedTuple):
@@ -19,12 +23,16 @@ class QuadraticModel(NamedTuple):
         gradient: Its gradient, flat, shape (n,), in single precision at least.
         curvature: Symmetric operator on flat vectors, undamped.
         norm: Euclidean norm of the gradient, which is not zero where an entry is not.
+        form: ``p . B p`` of the objective's own ``B``, by which steps are judged, where ``curvature`` holds
+            more, to hold them back as damping does: of a step, and its coordinates in the vectors that
+            ``curvature`` has multiplied, in their order, shape (k,), or None. None where it holds no more.
     """
 
     value: float
     gradient: Tensor
     curvature: LinearOperator
     norm: float
+    form: Form | None = None
 
 
 class Trial(NamedTuple):

@@ -114,7 +114,7 @@ class Step:
     def _attempt(self, size: float) -> _Attempt:
         """Solve, try and judge; of two candidates keep the better."""
         self._trials += 1
-        solution = self._space.solve(size)
+        solution = self._solved(size)
         attempt = self._judged(size, solution)
         if solution.other is not None and not attempt.is_final:
             other = self._judged(size, solution.other)
@@ -122,6 +122,13 @@ class Step:
                 attempt = other
         rho = attempt.judgement.for_control(attempt.solution.is_held_back)
         return attempt._replace(following=self._rule(size, rho, attempt.solution.norm))
+
+    def _solved(self, size: float) -> Solution:
+        """With the quadratic form of the objective alone."""
+        solution, form = self._space.solve(size), self._model.form
+        if form is None:
+            return solution
+        return solution._replace(quadratic=form(solution.step, solution.coordinates))
 
     def _judged(self, size: float, solution: Solution) -> _Attempt:
         rate = self._options.rate

@@ -13,11 +13,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from optim.methods.cubic import minimise_cubic
 from secondorder.solvers.trust_region import minimise_diagonal
 
 
 class Solution(NamedTuple):
-    """A minimiser of the model, damped or within a radius.
+    """A minimiser of the model, damped, within a radius or with a cubic term.
 
     Attributes:
         step: Shape (n,).
@@ -25,8 +26,10 @@ class Solution(NamedTuple):
         quadratic: ``step . B step``, without damping.
         norm: Euclidean norm of the step.
         status: Of the solver.
-        shift: What is added to the curvature: the damping, or the multiplier of the radius.
+        shift: What is added to the curvature: the damping, the multiplier of the radius, or the weight of the
+            cubic term times the length.
         earlier: Iterates before it, shortest first, that may be better where it is refused.
+        coordinates: In the vectors that the curvature has multiplied, shape (k,); None where there are none.
         other: Another candidate of the same bound, which may be better; None for none.
     """
 
@@ -37,6 +40,7 @@ class Solution(NamedTuple):
     status: str
     shift: float
     earlier: tuple[Tensor, ...] = ()
+    coordinates: Tensor | None = None
     other: Solution | None = None
 
     def predicted(self, factor: float = 1.0) -> float:
@@ -85,9 +89,9 @@ class Coordinates(NamedTuple):
 
     Attributes:
         values: Shape (k,).
-        shift: Damping, or multiplier of the radius.
+        shift: As of a ``Solution``.
         status: "converged", "boundary", "hard_case" or "singular".
-        gain: Decrease of what is minimised: of the damped model, or of the model within the radius.
+        gain: Decrease of what is minimised: of the model with damping or cubic term, or within the radius.
     """
 
     values: Tensor
@@ -96,7 +100,7 @@ class Coordinates(NamedTuple):
     gain: float
 
 
-# Eigenvalues (k,), ascending; minus the gradient in their eigenvectors; damping or radius; precision.
+# Eigenvalues (k,), ascending; minus the gradient in their eigenvectors; damping, radius or weight; precision.
 Diagonal = Callable[[Tensor, Tensor, float, torch.dtype], Coordinates]
 
 
@@ -104,7 +108,7 @@ class Bound(NamedTuple):
     """What keeps a step short.
 
     Attributes:
-        minimise: The model, damped or within a radius.
+        minimise: The model, damped, within a radius or with a cubic term.
         reflected: Another candidate, where the model has negative curvature; None for none.
     """
 
@@ -140,11 +144,19 @@ def reflected(values: Tensor, target: Tensor, radius: float, dtype: torch.dtype)
     return found._replace(values=torch.empty_like(target).index_copy_(0, order, found.values))
 
 
+def cubic(values: Tensor, target: Tensor, weight: float, _: torch.dtype) -> Coordinates:
+    """The least value of the model and ``weight norm(y)^3 / 3``, hard case included."""
+    y, shift, status = minimise_cubic(values, target, weight)
+    gain = float(target @ y) - 0.5 * float((values * y * y).sum()) - weight / 3 * float(y.norm()) ** 3
+    return Coordinates(y, shift, status, gain)
+
+
 def _rounding(values: Tensor, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * len(values) * float(values.abs().max())
 
 
 DAMPED, WITHIN = Bound(damped), Bound(bounded, reflected)
+CUBIC, SADDLE_FREE = Bound(cubic), Bound(reflected)
 
 
 # Damping below this part of the smallest eigenvalue changes nothing, as measured, nor, where that is zero,

@@ -11,7 +11,8 @@ from torch import Tensor
 from optim.methods.problem import QuadraticModel
 from optim.methods.subspace import Solution
 from secondorder import LinearOperator, SolveResult, cg, steihaug
-from secondorder.solvers import RelativeProgress
+from secondorder.solvers import NystromPreconditioner, RelativeProgress, nystrom
+from secondorder.vectors.flat import is_finite
 
 # Curvature, minus the gradient, damping or radius.
 Solver = Callable[[LinearOperator, Tensor, float], tuple[SolveResult, tuple[Tensor, ...]]]
@@ -65,6 +66,36 @@ class Truncated:
         return 0.0
 
 
+class Sketch:
+    """The Nyström preconditioner of damped systems: drawn once, another damping costs no product.
+
+    Args:
+        rank: Of one that is drawn.
+        last: That of an earlier step; None to draw one with the first solve.
+        age: Steps that it served.
+
+    Attributes:
+        last: The present one; None before it is drawn.
+        age: Steps that it has served before this one.
+    """
+
+    def __init__(self, rank: int, last: NystromPreconditioner | None = None, age: int = 0) -> None:
+        self._rank, self.last, self.age = rank, last, age
+
+    def precondition(
+        self, B: LinearOperator, b: Tensor, damping: float
+    ) -> tuple[NystromPreconditioner | None, int]:
+        """The preconditioner of ``B + damping``, and products; None where these are not finite."""
+        if self.last is not None:
+            self.last = self.last.with_damping(damping)
+            return self.last, 0
+        if not is_finite(B @ b):
+            return None, 1
+        rank, generator = min(self._rank, b.numel()), torch.Generator("cpu").manual_seed(0)
+        self.last = nystrom(B, rank, damping=damping, generator=generator)
+        return self.last, 1 + rank
+
+
 def conjugate_gradients(rtol: float, max_iter: int) -> Solver:
     """CG to a relative residual."""
 
@@ -74,7 +105,9 @@ def conjugate_gradients(rtol: float, max_iter: int) -> Solver:
     return solve
 
 
-def truncated_gradients(progress: float, max_iter: int, start: Tensor | None) -> Solver:
+def truncated_gradients(
+    progress: float, max_iter: int, start: Tensor | None, sketch: Sketch | None = None
+) -> Solver:
     """CG from ``start``, until the model makes little progress, with its iterates on the way.
 
     Reference: Martens (2010), Deep learning via Hessian-free optimization, sections 4.4 and 4.6.
@@ -84,7 +117,9 @@ def truncated_gradients(progress: float, max_iter: int, start: Tensor | None) ->
     def solve(B: LinearOperator, b: Tensor, damping: float) -> tuple[SolveResult, tuple[Tensor, ...]]:
         nonlocal first
         stop = RelativeProgress(progress)
-        result = cg(B + damping, b, x0=first, rtol=RTOL, max_iter=max_iter, callback=stop)
+        M, products = (None, 0) if sketch is None else sketch.precondition(B, b, damping)
+        result = cg(B + damping, b, x0=first, M=M, rtol=RTOL, max_iter=max_iter, callback=stop)
+        result = result._replace(products=result.products + products)
         first = result.x if bool(result.x.isfinite().all()) else torch.zeros_like(b)
         earlier = tuple(x for x in stop.kept if x is not result.x)
         return undamped(result, damping), earlier

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from optim.optimizers.problem import ClosureProblem
-from optim.optimizers.report import Seconds, StepReport
+from optim.optimizers.report import UNUSED, Seconds, StepReport
 from optim.optimizers.stepping import Result
 
 # In gradients (one forward and one backward pass, the backward twice the forward). The step's own counts
@@ -42,12 +41,12 @@ class Cost(NamedTuple):
 def reported(
     problem: ClosureProblem,
     result: Result,
-    group: Mapping[str, Any],
+    bounded: tuple[str, float | None],
     curvature: str,
     cost: Cost,
     clock: Clock,
 ) -> StepReport:
-    """The report of a step that is about to be taken."""
+    """The report of a step that is about to be taken; ``bounded``: what bounds the next, by its name."""
     outcome, space, spent = result.outcome, result.space, problem.spent
     trial, value = outcome.trial, problem.model().value
     products = 0 if space is None else space.products
@@ -56,8 +55,7 @@ def reported(
         new_loss=value if trial is None else trial.value,
         accepted=trial is not None,
         rho=outcome.rho,
-        damping=_known(group.get("damping", 0.0)),
-        radius=_known(group.get("radius", math.inf)),
+        **{**UNUSED, bounded[0]: math.nan if bounded[1] is None else bounded[1]},
         gradient_norm=problem.slope(),
         step_norm=problem.length(trial),
         status=outcome.status,
@@ -73,7 +71,3 @@ def reported(
         + spent.gradients,
         seconds=clock.parts(0.0 if space is None else space.seconds, spent.seconds),
     )
-
-
-def _known(size: float | None) -> float:
-    return math.nan if size is None else size

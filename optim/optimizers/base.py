@@ -198,11 +198,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         with evaluator.differentiating():
             with torch.enable_grad():
                 curvature = self._curvature(evaluation)
-            problem = ClosureProblem(evaluator, evaluation, curvature.operator, self.param_groups)
+            operator, form = curvature.operator, curvature.form
+            problem = ClosureProblem(evaluator, evaluation, operator, self.param_groups, form)
             clock.recorded()
-            result = find_step(problem, self.param_groups, self._method(), state, not evaluation.partial)
-        cost = Cost(repeated, PRODUCT_COST[type(curvature.operator)])
-        report = reported(problem, result, self.param_groups[0], curvature.description, cost, clock)
+            method = self._method()
+            result = find_step(problem, self.param_groups, method, state, not evaluation.partial)
+        cost = Cost(repeated, PRODUCT_COST[type(operator)])
+        bounded = method.size, self.param_groups[0][method.size]
+        report = reported(problem, result, bounded, curvature.description, cost, clock)
         problem.move(result.outcome.trial, then=lambda: self._source.close(parameters))
         return evaluation.loss, report
 

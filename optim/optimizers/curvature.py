@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from optim.closure.coverage import Coverage
 from optim.closure.evaluate import Evaluation
+from optim.methods.basis import uploaded
+from optim.methods.problem import Form
 from optim.optimizers.checks import Notices
 from secondorder import GaussNewton, Hessian, LinearOperator
+from secondorder.operators.curvature import GradientBlock
 
-# Of a product on the kept graph, in gradients of a deep network.
-PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3}
+# Losses that are negative log-likelihoods of outputs in their natural parameters: the Hessian in the outputs
+# does not depend on the target, and is its own expectation over targets of the model's distribution.
+LIKELIHOODS = frozenset(
+    (
+        *("cross_entropy", "log_softmax", "log_softmax + nll_loss", "log_softmax + kl_div"),
+        *("binary_cross_entropy_with_logits", "logsigmoid", "sigmoid + binary_cross_entropy"),
+        *("mse_loss", "squares", "poisson_nll_loss"),
+    )
+)
 
 
 class Curvature(NamedTuple):
@@ -23,12 +35,57 @@ class Curvature(NamedTuple):
         description: For the report.
         complaint: What is missing; empty where nothing is.
         consequence: What is done about it.
+        form: As of a ``QuadraticModel``.
     """
 
     operator: LinearOperator
     description: str
     complaint: str = ""
     consequence: str = ""
+    form: Form | None = None
+
+
+class Structured(GaussNewton):
+    """A Gauss-Newton matrix whose last block is of hidden states, and no part of the objective.
+
+    It keeps what its products found in the outputs of the other blocks, so that the form of a combination of
+    the vectors that were multiplied costs no pass through the network.
+
+    Attributes:
+        keeps: Whether it does.
+
+    Reference: Martens and Sutskever (2011), Learning recurrent neural networks with Hessian-free
+        optimization, section 3.2.
+    """
+
+    keeps = True
+
+    def form(self, step: Tensor, coordinates: Tensor | None) -> float:
+        """``step . B step`` without the last block; by a pass forward where there are no coordinates."""
+        if coordinates is None:
+            return sum(self.forms(step)[:-1])
+        known = zip(*self._tangents[: len(coordinates)], strict=True)
+        parts = [_combined(coordinates, torch.stack(us)) for us in known]
+        return sum(self.forms_in_outputs(parts, len(self._middles) - 1))
+
+    def _middle(self, parts: list[Tensor], batched: bool) -> list[Tensor]:
+        if self.keeps:
+            self._tangents.append(parts[: self._middles[-1][1].start])
+        return super()._middle(parts, batched)
+
+    def _set_up(self, *arguments: Any) -> None:
+        super()._set_up(*arguments)
+        self._tangents: list[list[Tensor]] = []
+
+
+def _combined(coordinates: Tensor, rows: Tensor) -> Tensor:
+    """In single precision at least, in the dtype of the rows."""
+    single = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return torch.tensordot(uploaded(coordinates, single), single, 1).to(rows.dtype)
+
+
+# Of a product on the kept graph, in gradients of a deep network.
+PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3, Structured: 4 / 3}
 
 
 def hessian(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
@@ -48,7 +105,48 @@ def gauss_newton(
         strict: Whether to raise RuntimeError.
         notices: Of the optimizer.
     """
-    choice = _gauss_newton(evaluation, parameters)
+    return _said(_gauss_newton(evaluation.coverage.proved(), evaluation, parameters), name, strict, notices)
+
+
+def fisher(
+    evaluation: Evaluation, parameters: Sequence[Tensor], name: str, strict: bool, notices: Notices
+) -> Curvature:
+    """The Fisher matrix: the Gauss-Newton matrix where all losses are likelihoods, which it equals then.
+
+    Its expectation is over targets of the model's own distribution, and exact; a sample has the weight
+    that the loss gives it. For other losses it is the Gauss-Newton matrix, with an error if strict, else a
+    warning. Arguments are those of ``gauss_newton``.
+
+    Reference: Martens (2020), New insights and perspectives on the natural gradient method.
+    """
+    coverage = evaluation.coverage.proved()
+    choice = _gauss_newton(coverage, evaluation, parameters)
+    if not choice.complaint and not LIKELIHOODS.issuperset(coverage.losses or ("",)):
+        choice = choice._replace(
+            complaint=f"found no log-likelihood of which it knows the Fisher matrix: {coverage.description}."
+            " Let the closure return a loss of torch.nn.functional alone: cross_entropy, mse_loss,"
+            " binary_cross_entropy_with_logits, or poisson_nll_loss of log-rates.",
+            consequence="The Gauss-Newton matrix is used instead.",
+        )
+    elif not choice.complaint:
+        choice = choice._replace(description=choice.description.replace("gauss-newton", "fisher", 1))
+    return _said(choice, name, strict, notices)
+
+
+def with_states(evaluation: Evaluation, states: GradientBlock) -> Evaluation:
+    """With hidden states as further outputs, where there is a Gauss-Newton matrix.
+
+    Their products are parts of those of the others: one pass forward and one back, as without them.
+    """
+    coverage = evaluation.coverage.proved()
+    if not coverage.blocks:
+        return evaluation
+    blocks = (*coverage.blocks, states)
+    return evaluation._replace(coverage=coverage._replace(blocks=blocks, has_states=True, prove=None))
+
+
+def _said(choice: Curvature, name: str, strict: bool, notices: Notices) -> Curvature:
+    """With its complaint, if there is one, as an error or a warning."""
     if choice.complaint:
         text = f"{name} {choice.complaint}"
         if strict:
@@ -57,10 +155,10 @@ def gauss_newton(
     return choice
 
 
-def _gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
-    coverage = evaluation.coverage.proved()
+def _gauss_newton(coverage: Coverage, evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
     blocks, description = coverage.blocks, coverage.description
-    operator = GaussNewton.of_blocks(blocks, parameters) if blocks else None
+    matrix = Structured if coverage.has_states else GaussNewton
+    operator = matrix.of_blocks(blocks, parameters) if blocks else None
     if operator is not None and description.startswith("explicit") and not operator.has_curvature():
         operator = None
         description = "the loss is linear in the outputs that were returned (log-probabilities?)"
@@ -74,11 +172,12 @@ def _gauss_newton(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curva
             "The exact Hessian is used instead.",
         )
     own = " + hessian of a term of the parameters" if coverage.has_own_terms else ""
+    own += " + structural damping" if coverage.has_states else ""
+    form = operator.form if isinstance(operator, Structured) else None
+    found = Curvature(operator, f"gauss-newton ({description}){own}", form=form)
     if coverage.is_whole:
-        return Curvature(operator, f"gauss-newton ({description}){own}")
-    return Curvature(
-        operator,
-        f"gauss-newton ({description}){own}",
-        f"was given outputs that do not carry the whole loss: {description}.",
-        "The curvature of what enters past them is left out.",
+        return found
+    return found._replace(
+        complaint=f"was given outputs that do not carry the whole loss: {description}.",
+        consequence="The curvature of what enters past them is left out.",
     )

@@ -1,18 +1,21 @@
-"""Hessian-free optimization: the damped Gauss-Newton matrix by products, as an optimizer."""
+"""Hessian-free optimization: a damped curvature matrix by products, as an optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from optim.closure.evaluate import Evaluation
+from optim.closure.hidden import HiddenStates
 from optim.methods.control import marquardt, martens
 from optim.methods.options import (
     check_choice,
+    check_count,
     check_fraction,
+    check_not_negative,
     check_optional,
     check_positive,
     check_shared,
@@ -22,13 +25,15 @@ from optim.methods.options import (
 from optim.methods.subspace import DAMPED
 from optim.methods.truncated import truncated_gradients
 from optim.optimizers.base import SecondOrderOptimizer
-from optim.optimizers.curvature import Curvature, gauss_newton
+from optim.optimizers.curvature import Curvature, Structured, fisher, gauss_newton, hessian, with_states
 from optim.optimizers.groups import moving
-from optim.optimizers.kept import SOLUTION, Kept
+from optim.optimizers.kept import SKETCH_VALUES, SOLUTION, Kept
 from optim.optimizers.report import StepReport
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "cg")
+CURVATURES = {"gauss-newton": gauss_newton, "fisher": fisher}
+PRECONDITIONERS = ("none", "nystrom")
 # Relative residuals that leave little to gain: of a space, as measured.
 RTOL = 0.1
 
@@ -50,6 +55,20 @@ class HessianFree(SecondOrderOptimizer):
         lr: Multiplies the step; 1.0 is the full step. May differ between groups.
         damping: First damping, loss over parameter squared; adapts, and lives in the group. None takes it
             from the function: a tenth of the curvature along the gradient.
+        curvature: "gauss-newton"; "fisher", for losses that are likelihoods (softmax, logistic, Gaussian and
+            Poisson outputs): the exact Fisher matrix, which equals the Gauss-Newton matrix there, and a
+            warning, or with ``strict`` an error, for others; or "hessian", with steps that go downhill along
+            negative curvature too. There is no empirical Fisher matrix: what a sample is a closure does not
+            say, and on digits steps with it ended near a loss of 1e-2, where these reach 1e-4; see
+            ``secondorder.EmpiricalFisher``.
+        structural_damping: Weight of the mean squared change of hidden states, beside the squared length of a
+            step, in what damping multiplies, parameter squared over state squared: for recurrent networks,
+            whose states a short step can throw far. It adds a part to each product, none of its own (with
+            "cg" a pass forward to each solve). It follows the damping from step to step; inside one it keeps
+            that of its start, so that another damping costs no product, and in the first step it waits for
+            one, unless ``damping`` is given. Not in a step that falls back to the Hessian.
+        structural: Modules whose outputs are these states; None for every ``nn.RNN``, ``nn.LSTM``, ``nn.GRU``
+            and cell of theirs that the closure calls.
         solver: "subspace" is the above; "cg" Martens' own recipe: CG from the decayed last solution, stopped
             when the model no longer decreases, a choice among its iterates, a line search. "auto" is
             "subspace", or "cg" where ``memory`` is short.
@@ -62,6 +81,10 @@ class HessianFree(SecondOrderOptimizer):
         max_iter: Products allowed in one space, iterations in one solve by CG.
         progress: With "cg": it stops when the model decreased by less than this, relative, an iteration.
         decay: With "cg": factor of the last solution, from which it starts.
+        preconditioner: With "cg": "none", or "nystrom", that knows the largest eigenvalues from a sketch: for
+            curvatures of which few are large (Frangella, Tropp and Udell 2023).
+        preconditioner_rank: Products that a sketch takes, and vectors that it keeps.
+        preconditioner_steps: Steps that a sketch is used in; another damping costs it no product.
         max_trials: Dampings tried in one step.
         max_extension: Multiples of the step up to this one are tried, as long as the loss falls, where the
             model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another
@@ -85,11 +108,13 @@ class HessianFree(SecondOrderOptimizer):
 
     Raises:
         TypeError: an option is unknown or, as ``fused``, not supported.
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or has no use with another.
 
     Cost: one gradient, 5 to 15 products of 4/3 gradients each, a few evaluations of the loss.
 
-    Reference: Martens (2010), Deep learning via Hessian-free optimization; Davidson (1975) for the space.
+    Reference: Martens (2010), Deep learning via Hessian-free optimization; Davidson (1975) for the space;
+    Martens and Sutskever (2011), Learning recurrent neural networks with Hessian-free optimization, section
+    3.2, for structural damping.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -113,6 +138,9 @@ class HessianFree(SecondOrderOptimizer):
         lr: float | Tensor = 1.0,
         *,
         damping: float | None = None,
+        curvature: str = "gauss-newton",
+        structural_damping: float = 0.0,
+        structural: Sequence[nn.Module] | None = None,
         solver: str = "auto",
         memory: float = 2.0**32,
         rtol: float | None = None,
@@ -120,6 +148,9 @@ class HessianFree(SecondOrderOptimizer):
         max_iter: int = 250,
         progress: float = 5e-4,
         decay: float = 0.95,
+        preconditioner: str = "none",
+        preconditioner_rank: int = 20,
+        preconditioner_steps: int = 20,
         max_trials: int = 10,
         max_extension: float = 16.0,
         strict: bool = False,
@@ -133,24 +164,66 @@ class HessianFree(SecondOrderOptimizer):
     ) -> None:
         options = given(locals())
         refuse(type(self), unsupported)
-        super().__init__(params, options)
+        self._hidden = HiddenStates(options.pop("structural") or ())
+        super().__init__(params, {**options, SKETCH_VALUES: ()})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
+        """As of all optimizers here; with structural damping the first call of the closure is watched."""
+        if self.param_groups[0].get("structural_damping"):
+            closure = self._hidden.watching(closure)
+        try:
+            return super().step(closure)
+        finally:
+            self._hidden.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the modules that are watched."""
+        return {**super().__getstate__(), "_hidden": self._hidden}
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
         check_shared(options)
         check_optional(options, "damping")
+        check_not_negative(options, "structural_damping")
         check_positive(options, "progress")
         check_fraction(options, "decay")
+        check_count(options, "preconditioner_rank", "preconditioner_steps")
         check_choice(options, "solver", SOLVERS)
+        check_choice(options, "preconditioner", PRECONDITIONERS)
+        check_choice(options, "curvature", (*CURVATURES, "hessian"))
+        if options["preconditioner"] != "none" and options["solver"] != "cg":
+            raise ValueError(
+                f"preconditioner={options['preconditioner']!r} needs solver='cg', got"
+                f" {options['solver']!r}, whose space is preconditioned by the last one."
+            )
+        if options["structural_damping"] and options["curvature"] == "hessian":
+            raise ValueError(
+                "structural_damping must be 0 with curvature='hessian', got"
+                f" {options['structural_damping']}: it is a part of the Gauss-Newton matrix."
+            )
 
     def _curvature(self, evaluation: Evaluation) -> Curvature:
-        strict = self.param_groups[0]["strict"]
-        return gauss_newton(evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices)
+        group, parameters = self.param_groups[0], moving(self.param_groups)
+        if group["curvature"] == "hessian":
+            return hessian(evaluation, parameters)
+        weight = group["structural_damping"] * (group["damping"] or 0.0)
+        if group["structural_damping"]:
+            states = self._hidden.block(weight)
+            evaluation = with_states(evaluation, states) if weight else evaluation
+        find = CURVATURES[group["curvature"]]
+        curvature = find(evaluation, parameters, type(self).__name__, group["strict"], self._notices)
+        if isinstance(curvature.operator, Structured):
+            # Solutions of CG have no coordinates in what it multiplied.
+            curvature.operator.keeps = group["solver"] != "cg"
+        return curvature
 
     def _method(self) -> Method:
-        groups = self.param_groups
-        progress, decay, max_iter = (groups[0][name] for name in ("progress", "decay", "max_iter"))
-        last = Kept(self.state, groups, moving(groups)).vector(SOLUTION)
-        solver = truncated_gradients(progress, max_iter, None if last is None else decay * last)
-        rule = martens if groups[0]["solver"] == "cg" else marquardt
-        return Method("damping", DAMPED, rule, solver, RTOL, keeps_solution=True)
+        groups, group = self.param_groups, self.param_groups[0]
+        kept = Kept(self.state, groups, moving(groups))
+        last, sketch = kept.vector(SOLUTION), None
+        if group["preconditioner"] == "nystrom":
+            sketch = kept.sketch(group["preconditioner_rank"], group["preconditioner_steps"])
+        start = None if last is None else group["decay"] * last
+        solver = truncated_gradients(group["progress"], group["max_iter"], start, sketch)
+        rule = martens if group["solver"] == "cg" else marquardt
+        return Method("damping", DAMPED, rule, solver, RTOL, keeps_solution=True, sketch=sketch)

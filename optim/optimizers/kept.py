@@ -11,14 +11,16 @@ from torch import Tensor
 from optim.methods.grown import Grown, Ritz
 from optim.methods.problem import Trial
 from optim.methods.subspace import Subspace
-from optim.methods.truncated import Truncated
+from optim.methods.truncated import Sketch, Truncated
+from secondorder.solvers import NystromPreconditioner
 from secondorder.vectors.flat import flatten, flatten_rows, is_finite, unflatten, unflatten_rows
 
-# Of state: Ritz vectors of the last space, shape (k, *p.shape); the last solution of CG; the last step, where
-# batches differ.
-VECTORS, SOLUTION, STEP = "ritz_vectors", "cg_solution", "last_step"
-# Of groups: the Ritz values, the curvature that is assumed across them, and the length of the vectors.
-VALUES = "ritz_values"
+# Of state: Ritz vectors of the last space, and of a sketch, shape (k, *p.shape); the last solution of CG; the
+# last step, where batches differ.
+VECTORS, SKETCH, SOLUTION, STEP = "ritz_vectors", "sketch_vectors", "cg_solution", "last_step"
+# Of groups: the values of the vectors, one number more (curvature that is assumed across Ritz vectors; steps
+# that a sketch served), and the length of the vectors.
+VALUES, SKETCH_VALUES = "ritz_values", "sketch_values"
 
 
 class Kept:
@@ -45,12 +47,17 @@ class Kept:
 
     def ritz(self) -> Ritz | None:
         """The last space; None where there is none, or parameters came or went since."""
-        *values, rest, length = self._groups[0][VALUES] or (0.0, 0)
-        parts = [part for part in self._parts(VECTORS) if part is not None]
-        is_whole = len(parts) == len(self._parameters) and all(len(part) == len(values) for part in parts)
-        if not values or not is_whole or length != sum(p.numel() for p in self._parameters):
-            return None
-        return Ritz(flatten_rows(parts), values, rest)
+        found = self._rows(VECTORS, VALUES)
+        return None if found is None else Ritz(*found)
+
+    def sketch(self, rank: int, steps: int) -> Sketch:
+        """The last one, for so many steps; then, or where parameters came or went, one to be drawn."""
+        found = self._rows(SKETCH, SKETCH_VALUES)
+        if found is None or found[2] >= steps or len(found[1]) != min(rank, found[0].shape[1]):
+            return Sketch(rank)
+        vectors, values, age = found
+        # The damping of the first solve takes the place of this one.
+        return Sketch(rank, NystromPreconditioner(vectors.new_tensor(values), vectors.T, 1.0), int(age))
 
     def vector(self, name: str) -> Tensor | None:
         """A vector that was kept, zero for parameters that came since; None where there is none."""
@@ -69,6 +76,13 @@ class Kept:
             self._keep(VECTORS, unflatten_rows(ritz.vectors, self._parameters))
             self.learn(**{VALUES: (*ritz.values, ritz.rest, ritz.vectors.shape[1])})
 
+    def keep_sketch(self, sketch: Sketch | None) -> None:
+        """Keep what preconditioned CG in this step."""
+        if sketch is not None and sketch.last is not None:
+            vectors, values = sketch.last.vectors.T, sketch.last.values.tolist()
+            self._keep(SKETCH, unflatten_rows(vectors, self._parameters))
+            self.learn(**{SKETCH_VALUES: (*values, sketch.age + 1, vectors.shape[1])})
+
     def keep_step(self, trial: Trial | None, is_wanted: bool) -> None:
         """Keep the step, to try it on other samples, or forget the last one."""
         if not is_wanted:
@@ -79,14 +93,25 @@ class Kept:
         else:
             self._keep(STEP, unflatten(trial.step, self._parameters))
 
-    def make(self, name: str) -> None:
+    def make(self, *names: str) -> None:
         """Fill ``state`` as a first step does: distributed checkpoints take one on zero gradients for it."""
         if not any(p.grad is not None for p in self._parameters) or any(
             map(self._state.get, self._parameters)
         ):
             return
         zeros = [_single(p.detach()) for p in self._parameters]
-        self._keep(name, [z.new_zeros((0, *z.shape) if name == VECTORS else z.shape) for z in zeros])
+        for name in names:
+            rows = (0,) if name in (VECTORS, SKETCH) else ()
+            self._keep(name, [z.new_zeros((*rows, *z.shape)) for z in zeros])
+
+    def _rows(self, vectors: str, values: str) -> tuple[Tensor, list[float], float] | None:
+        """Vectors as rows, their values, the number beside them; None where parameters came or went."""
+        *numbers, beside, length = self._groups[0].get(values) or (0.0, 0)
+        parts = [part for part in self._parts(vectors) if part is not None]
+        is_whole = len(parts) == len(self._parameters) and all(len(part) == len(numbers) for part in parts)
+        if not numbers or not is_whole or length != sum(p.numel() for p in self._parameters):
+            return None
+        return flatten_rows(parts), numbers, beside
 
     def _keep(self, name: str, parts: Iterable[Tensor]) -> None:
         for parameter, part in zip(self._parameters, parts, strict=True):

@@ -15,7 +15,7 @@ from optim.closure.evaluate import ClosureEvaluator, Evaluation
 from optim.closure.rounding import rounding
 from optim.closure.setting import moved, trial
 from optim.methods import control
-from optim.methods.problem import QuadraticModel, Trial, norm
+from optim.methods.problem import Form, QuadraticModel, Trial, norm
 from optim.optimizers.decay import WeightDecay
 from optim.optimizers.groups import Groups
 from optim.optimizers.scaling import Scaling
@@ -23,7 +23,7 @@ from secondorder import LinearOperator
 
 
 class Spent(NamedTuple):
-    """Calls of the closure in a step, beside the one that is recorded, and their seconds."""
+    """Evaluations and gradients in a step, beside those that are recorded, and their seconds."""
 
     evaluations: int = 0
     gradients: int = 0
@@ -38,6 +38,7 @@ class ClosureProblem:
         evaluation: At the present parameters.
         curvature: Of the loss, on flat vectors.
         groups: Of the optimizer.
+        form: As of a ``QuadraticModel``, of the loss alone.
 
     Attributes:
         spent: On trials, so far.
@@ -49,6 +50,7 @@ class ClosureProblem:
         evaluation: Evaluation,
         curvature: LinearOperator,
         groups: Groups,
+        form: Form | None = None,
     ) -> None:
         self._evaluator, self._evaluation = evaluator, evaluation
         self._decay = WeightDecay.of(groups)
@@ -64,7 +66,10 @@ class ClosureProblem:
         plain, gradient = gradient, self._scaling.times(gradient)
         size = norm(gradient) if is_changed else evaluation.norm
         self._slope = size if self._scaling.is_plain else norm(plain)
-        self._model = QuadraticModel(value, gradient, self._scaling.conjugated(curvature), size)
+        curvature = self._scaling.conjugated(curvature)
+
+        judged = None if form is None else _with_decay(form, self._decay, self._scaling)
+        self._model = QuadraticModel(value, gradient, curvature, size, judged)
         self._rounding: float | None = None
         self.spent = Spent()
 
@@ -130,3 +135,14 @@ class ClosureProblem:
         old = self.spent
         seconds = old.seconds + time.perf_counter() - start
         self.spent = Spent(old.evaluations + evaluations, old.gradients + gradients, seconds)
+
+
+def _with_decay(form: Form, decay: WeightDecay, scaling: Scaling) -> Form:
+    """That of the loss, and of the decay, of steps in scaled variables."""
+
+    def judged(step: Tensor, coordinates: Tensor | None) -> float:
+        step = scaling.times(step)
+        own = float((decay.diagonal(step) * step).dot(step)) if decay else 0.0
+        return own + form(step, coordinates)
+
+    return judged

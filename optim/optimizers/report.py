@@ -12,6 +12,9 @@ NOT_TRIED = (
     " judge the step, and damping or radius do not adapt."
 )
 
+# What bounds a step, and how a report says that something else does.
+UNUSED = {"damping": 0.0, "radius": math.inf, "cubic_weight": 0.0}
+
 
 class Seconds(NamedTuple):
     """Of a step, by part. Equal to any other: what took another time is not another step.
@@ -48,15 +51,18 @@ class StepReport(NamedTuple):
         accepted: Whether the parameters moved.
         rho: Reduction ratio, actual over predicted decrease, of the solution of the model that the step was
             made of, before any search or extension; NaN when there was none.
-        damping: Damping for the next step; 0.0 for a method with a radius. NaN before a step that was tried.
-        radius: Trust radius for the next step; infinity for a method with damping. NaN likewise.
+        damping: Damping for the next step; 0.0 where another number bounds steps. NaN before a step that was
+            tried.
+        radius: Trust radius for the next step; infinity where another number bounds steps. NaN likewise.
+        cubic_weight: Weight of the cubic term for the next step, with ``bound="cubic"``; 0.0 where another
+            number bounds steps. NaN likewise.
         gradient_norm: Euclidean norm of the gradient before the step.
         step_norm: Euclidean norm of the step taken.
         status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``; "enough": another product would not
             have paid), or "zero_gradient", "zero_lr", "non_finite" where there was nothing to solve;
             "noise_floor" where loss and gradients show no decrease that rounding would not hide.
         iterations: Dimension of the space in which the step was found, or iterations of CG in all trials.
-        trials: Dampings or radii that were tried.
+        trials: Dampings, radii or weights that were tried.
         products: With the curvature.
         curvature: Which curvature was used, and why.
         form: "grown", "formed" or "cg", and why.
@@ -71,6 +77,7 @@ class StepReport(NamedTuple):
     rho: float
     damping: float
     radius: float
+    cubic_weight: float
     gradient_norm: float
     step_norm: float
     status: str
@@ -84,11 +91,11 @@ class StepReport(NamedTuple):
     seconds: Seconds
 
     def __repr__(self) -> str:
-        size = f"damping={self.damping:.3g}" if self.radius == math.inf else f"radius={self.radius:.3g}"
+        size = next((name for name, unused in UNUSED.items() if getattr(self, name) != unused), "damping")
         noisy = ", noisy=True" if self.noisy else ""
         return (
             f"StepReport(loss={self.loss:.6g} -> {self.new_loss:.6g}, accepted={self.accepted}, "
-            f"rho={self.rho:.3g}, {size}, gradient_norm={self.gradient_norm:.3g}, "
+            f"rho={self.rho:.3g}, {size}={getattr(self, size):.3g}, gradient_norm={self.gradient_norm:.3g}, "
             f"step_norm={self.step_norm:.3g}, status={self.status!r}, iterations={self.iterations}, "
             f"trials={self.trials}, products={self.products}, curvature={self.curvature!r}, "
             f"form={self.form!r}{noisy}, gradient_equivalents={self.gradient_equivalents:.1f}, "

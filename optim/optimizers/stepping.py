@@ -18,14 +18,15 @@ from optim.methods.grown import Grown, Growth
 from optim.methods.problem import QuadraticModel, Trial
 from optim.methods.step import Options, Outcome, Step
 from optim.methods.subspace import Bound, Subspace
-from optim.methods.truncated import Solver, Truncated
+from optim.methods.truncated import Sketch, Solver, Truncated
 from optim.optimizers.groups import Groups, rates
-from optim.optimizers.kept import SOLUTION, STEP, VECTORS, Kept
+from optim.optimizers.kept import SKETCH, SOLUTION, STEP, VECTORS, Kept
 from optim.optimizers.problem import ClosureProblem
 from secondorder.vectors.flat import is_finite
 
-# The first damping, of the curvature along the gradient.
-FIRST_DAMPING = 0.1
+# The first one, of that which halves the step to the minimum along the gradient: a tenth of the curvature
+# there, or the radius in which all of that step fits.
+FIRST = {"damping": 0.1, "cubic_weight": 0.1, "radius": 2.0}
 # A model that was right to this is near a minimum, where Newton's steps converge quadratically.
 CONVERGING = 0.05
 
@@ -34,20 +35,22 @@ class Method(NamedTuple):
     """What tells the optimizers apart, beside their curvature.
 
     Attributes:
-        size: The option that is controlled, "damping" or "radius".
+        size: The option that is controlled, "damping", "radius" or "cubic_weight".
         bound: How it bounds a step.
         rule: How it follows the trials.
-        truncated: CG in place of a space.
+        truncated: CG in place of a space; None for none.
         rtol: Relative residual at which a space need not grow, where none is asked for.
         keeps_solution: Whether CG starts from its last solution.
+        sketch: What preconditions CG; None for nothing.
     """
 
     size: str
     bound: Bound
     rule: Rule
-    truncated: Solver
+    truncated: Solver | None
     rtol: float
     keeps_solution: bool = False
+    sketch: Sketch | None = None
 
 
 class Result(NamedTuple):
@@ -76,7 +79,7 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
         return Result(Outcome("zero_lr"))
     rate = rates(groups, model.gradient)
     noise = _noise(problem, group, state) if tries else BatchNoise()
-    form = form_of(group, model.gradient.numel(), model.gradient.dtype)
+    form = form_of(group, method, model.gradient.numel(), model.gradient.dtype)
     space = _space(model, method, form, _growth(group, method, form, noise, model.norm), state)
     if space.size == 0 and space.is_free:
         return Result(Outcome("non_finite"), space, form)
@@ -88,7 +91,7 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
             outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rate))
         noise = noise.stepped(model.value, outcome.trial)
         state.learn(
-            **{method.size: _settled(outcome.size, start, method, space, noise)},
+            **{method.size: _settled(outcome, start, method, space, noise)},
             batch_noise=tuple(noise),
             usual_products=usual_cost(group["usual_products"], form, space.products),
             gradient_norm=model.norm if abs(outcome.rho - 1) < CONVERGING else None,
@@ -100,6 +103,7 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
         state.learn(batch_noise=None)
         outcome = _untried(space, start, rate)
     state.keep_space(space, method.keeps_solution)
+    state.keep_sketch(method.sketch)
     state.keep_step(outcome.trial, is_wanted=noise.changes > 0)
     return Result(outcome, space, form, noise.is_seen)
 
@@ -107,15 +111,16 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
 def make_state(state: Kept, group: Mapping[str, Any], method: Method, parameters: Sequence[Tensor]) -> None:
     """What a first step would fill it with, where there is no gradient for one."""
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-    form = form_of(group, sum(p.numel() for p in parameters), dtype).name
+    form = form_of(group, method, sum(p.numel() for p in parameters), dtype).name
     if form == "grown" or (form == "cg" and method.keeps_solution):
-        state.make(VECTORS if form == "grown" else SOLUTION)
+        of_cg = (SOLUTION,) if method.sketch is None else (SOLUTION, SKETCH)
+        state.make(*((VECTORS,) if form == "grown" else of_cg))
 
 
 def _options(group: Mapping[str, Any], is_first: bool, lr: float | Tensor, noise: BatchNoise) -> Options:
-    """``is_first``: damping or radius are not known yet."""
+    """``is_first``: damping, radius or weight are not known yet."""
     rate = noise.rate if isinstance(lr, Tensor) else lr * noise.rate
-    # A rate below one asks for short steps, and a first damping or radius that was given for just that step.
+    # A rate below one asks for short steps, and a first size that was given for just that step.
     is_free = isinstance(lr, float) and rate == 1.0 and (is_first or noise.before is not None)
     return Options(
         rate,
@@ -136,7 +141,7 @@ def _noise(problem: ClosureProblem, group: Mapping[str, Any], state: Kept) -> Ba
     return noise.tested(problem.evaluate(-last).value, problem.model().value)
 
 
-def form_of(group: Mapping[str, Any], n: int, dtype: torch.dtype) -> Form:
+def form_of(group: Mapping[str, Any], method: Method, n: int, dtype: torch.dtype) -> Form:
     """The form of the space for ``n`` parameters, by the options of a group."""
     return choose(
         group["solver"],
@@ -146,6 +151,7 @@ def form_of(group: Mapping[str, Any], n: int, dtype: torch.dtype) -> Form:
         memory=group["memory"],
         max_iter=group["max_iter"],
         direct_limit=group.get("direct_limit", 0),
+        has_cg=method.truncated is not None,
     )
 
 
@@ -154,15 +160,15 @@ def _growth(
 ) -> Growth:
     """A residual that is asked for is met, whatever it gains.
 
-    Within a radius the residual is small where gradients fall fast and the model was right, so that the last
+    Undamped the residual is small where gradients fall fast and the model was right, so that the last
     steps converge quadratically.
 
     Reference: Eisenstat and Walker (1996), Choosing the forcing terms in an inexact Newton method, choice 2.
     """
     if group["rtol"] is not None:
-        return Growth(0.0, group["rtol"], form.max_size)
+        return Growth(-math.inf, group["rtol"], form.max_size)
     gain = min(group["gain"], GAIN) if noise.is_seen else group["gain"]
-    last = group["gradient_norm"] if method.size == "radius" and not noise.is_seen else None
+    last = group["gradient_norm"] if method.size != "damping" and not noise.is_seen else None
     forcing = min(1.0, (gradient_norm / last) ** 2) if last else 1.0
     return Growth(gain, method.rtol * forcing, form.max_size, converges=last is not None)
 
@@ -170,7 +176,7 @@ def _growth(
 def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, state: Kept) -> Subspace:
     if form.name == "formed":
         return Formed(model, method.bound)
-    if form.name == "cg":
+    if form.name == "cg" and method.truncated is not None:
         return Truncated(model, method.truncated, damps=method.size == "damping")
     return Grown(model, method.bound, growth, state.ritz())
 
@@ -178,35 +184,37 @@ def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, st
 def _start(
     group: Mapping[str, Any], method: Method, model: QuadraticModel, space: Subspace, noise: BatchNoise
 ) -> float:
-    """The first damping or radius of this step: in the first step, from the function."""
-    size = group[method.size]
+    """The first damping, radius or weight of this step: in the first step, from the function."""
+    name, size = method.size, group[method.size]
     if size is None:
-        return _first_size(method, model, space)
+        first = FIRST[name] * _halving(name, abs(space.steepest()), model.norm)
+        return control.clamped(name, first) if 0 < first < math.inf else 1.0
     if not noise.loses:
         return float(size)
     # Batches ask for no shorter steps than half of the one to the minimum along the gradient.
-    curvature = abs(space.steepest()) if space.is_free else math.inf
-    if method.size == "damping":
-        return control.clamped(min(MORE * size, max(size, curvature)))
-    return max(size / MORE, min(size, 0.5 * model.norm / (curvature or math.inf)), control.MIN_RADIUS)
+    limit = _halving(name, abs(space.steepest()) if space.is_free else math.inf, model.norm)
+    if name == "radius":
+        return control.clamped(name, max(size / MORE, min(size, limit)))
+    return control.clamped(name, min(MORE * size, max(size, limit)))
 
 
-def _first_size(method: Method, model: QuadraticModel, space: Subspace) -> float:
-    """A tenth of the curvature along the gradient, or the length of the step to the minimum along it."""
-    curvature = abs(space.steepest())
-    if method.size == "damping":
-        first = control.clamped(FIRST_DAMPING * curvature) if 0 < curvature < math.inf else 1.0
-    else:
-        first = model.norm / (curvature or math.inf)
-    return first if 0 < first < math.inf else 1.0
+def _halving(name: str, curvature: float, slope: float) -> float:
+    """That which halves the step to the minimum along the gradient; no radius where there is none."""
+    if name == "radius":
+        return 0.5 * slope / (curvature or math.inf)
+    return curvature if name == "damping" else 2 * curvature / slope * curvature
 
 
-def _settled(size: float, start: float, method: Method, space: Subspace, noise: BatchNoise) -> float:
-    """The next damping or radius; while steps lose on other samples a trial may not loosen it."""
+def _settled(outcome: Outcome, start: float, method: Method, space: Subspace, noise: BatchNoise) -> float:
+    """The next damping, radius or weight; while steps lose on other samples a trial may not loosen it."""
+    size = outcome.size
     if method.size == "radius":
         return min(size, start) if noise.loses else size
-    least = start if noise.loses else min(start, space.least_damping())
-    return max(size, least)
+    least = space.least_damping()
+    if method.size == "cubic_weight":
+        length = math.inf if outcome.trial is None else outcome.trial.norm
+        least = least / length if length > 0 else 0.0
+    return max(size, start if noise.loses else min(start, least))
 
 
 def _untried(space: Subspace, size: float, lr: float | Tensor) -> Outcome:

@@ -246,6 +246,32 @@ class GaussNewton(ThroughOutputs):
         parts = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in outputs]
         return any(bool(part.any()) for part in multiply(parts, False))
 
+    def forms(self, v: Tensor) -> list[float]:
+        """``v . J_k^T (w_k H_k) J_k v`` for each block ``k``.
+
+        Args:
+            v: Shape (n,).
+
+        Cost: a derivative along ``v``, 0.4 (MLP) to 1.5 gradients (recurrent network), and one host read.
+        """
+        with self._rung():
+            parts = self.jacobian.forward(self._layout.unflatten(v.to(self.dtype)), False)
+        return self.forms_in_outputs(parts, len(self._middles))
+
+    def forms_in_outputs(self, parts: list[Tensor], count: int) -> list[float]:
+        """The same of the first ``count`` blocks, given ``J v`` in parts, shaped like their outputs.
+
+        Cost: a product with the Hessian of each loss in its outputs, and one host read.
+        """
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        forms = torch.zeros(count, dtype=dtype, device=self.device)
+        with self._rung():
+            for form, (multiply, where) in zip(forms, self._middles, strict=False):
+                for u, product in zip(parts[where], multiply(parts[where], False), strict=True):
+                    form += (u.to(dtype) * product.to(dtype)).sum()
+        values: list[float] = forms.tolist()
+        return values
+
     @classmethod
     def of_blocks(
         cls,

@@ -170,14 +170,14 @@ class Adder(nn.Module):
         return self.linear(self.rnn(x)[0][:, -1])
 
 
-def rnn() -> Case:
-    """The sum of the two marked of ten numbers.
+def rnn(length: int = 10) -> Case:
+    """The sum of the two marked of ``length`` numbers.
 
     Reference: Hochreiter and Schmidhuber (1997), Long short-term memory, section 5.4.
     """
     net, generator = Adder(), torch.Generator().manual_seed(0)
-    numbers = torch.rand(256, 10, generator=generator)
-    marked = torch.rand(256, 10, generator=generator).topk(2).indices
+    numbers = torch.rand(256, length, generator=generator)
+    marked = torch.rand(256, length, generator=generator).topk(2).indices
     marks = torch.zeros_like(numbers).scatter(1, marked, 1.0)
     inputs, targets = torch.stack([numbers, marks], 2), (numbers * marks).sum(1, keepdim=True)
     return net, lambda: F.mse_loss(net(inputs), targets)

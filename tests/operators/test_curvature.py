@@ -20,6 +20,7 @@ from secondorder import (
     ggnvp,
 )
 from secondorder.autodiff.decompose import decompose
+from secondorder.operators.curvature import GradientBlock
 from secondorder.vectors.flat import flatten
 
 # The same arithmetic in another order.
@@ -118,6 +119,20 @@ def test_weighted_blocks_add_up():
     operator = GaussNewton.of_blocks(blocks, parameters_of(case))
     case = case._replace(loss=lambda z, t: 2 * F.mse_loss(z, t) + 0.5 * F.huber_loss(z, t))
     torch.testing.assert_close(operator.dense(), oracles.dense_gauss_newton(case), **TOLERANCE)
+
+
+def test_forms_are_those_of_each_block():
+    """The sum is that of the whole; each is that of its block alone, outputs nested in one another too."""
+    case = zoo.network("mlp_mse")
+    parameters, hidden = parameters_of(case), case.model[:2](case.inputs)
+    outputs = case.model[2](hidden)
+    loss = F.mse_loss(outputs, case.targets)
+    blocks = [Block(loss, (outputs,), torch.ones_like(loss)), GradientBlock((0.3 * hidden,), (hidden,))]
+    operator = GaussNewton.of_blocks(blocks, parameters)
+    v = zoo.vector(operator.shape[0], 1)
+    alone = [float(v @ (GaussNewton.of_blocks([block], parameters) @ v)) for block in blocks]
+    assert operator.forms(v) == pytest.approx(alone, rel=1e-10)
+    assert float(v @ (operator @ v)) == pytest.approx(sum(alone), rel=1e-10)
 
 
 def test_parameters_without_influence_have_zero_blocks():

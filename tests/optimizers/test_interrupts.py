@@ -57,6 +57,7 @@ class Config:
         options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         identities = [[id(p.grad), p.grad is None, p.data_ptr()] for p in model.parameters()]
         settings = [torch._C._len_torch_function_stack(), torch.is_grad_enabled()]
+        settings += [len(layer._forward_hooks) for layer in model]
         return [t.detach().clone() for t in tensors], copy.deepcopy(options), identities, settings
 
 
@@ -68,6 +69,13 @@ def normed():
     return nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 3)
 
 
+HIDDEN = nn.Tanh()
+
+
+def hidden():
+    return nn.Linear(4, 4), HIDDEN, nn.Linear(4, 3)
+
+
 def spectral():
     return spectral_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)
 
@@ -76,6 +84,12 @@ CONFIGS = {
     "newton": lambda: Config(optim.Newton, normed),
     "newton_cg": lambda: Config(lambda p: optim.Newton(p, solver="cg"), normed, outputs=True),
     "hessian_free": lambda: Config(optim.HessianFree, normed),
+    "hessian_free_structural": lambda: Config(
+        lambda p: optim.HessianFree(p, structural_damping=1.0, structural=[HIDDEN], damping=1.0), hidden
+    ),
+    "hessian_free_sketched": lambda: Config(
+        lambda p: optim.HessianFree(p, solver="cg", preconditioner="nystrom", preconditioner_rank=2), plain
+    ),
     "hessian_free_groups": lambda: Config(optim.HessianFree, spectral, groups=True),
     "hessian_free_watched": lambda: Config(optim.HessianFree, normed, watched=True),
     "gauss_newton": lambda: Config(optim.GaussNewton, spectral),

@@ -11,6 +11,7 @@ from optim.methods import control
 
 OPTIMIZERS = {
     "newton": optim.Newton,
+    "newton_cubic": lambda p, **k: optim.Newton(p, bound="cubic", **k),
     "newton_cg": lambda p, **k: optim.Newton(p, solver="cg", **k),
     "hessian_free": optim.HessianFree,
     "gauss_newton": optim.GaussNewton,
@@ -65,7 +66,7 @@ OBJECTIVES = ["least_squares", "logistic", "poisson", "offset"]
 
 def control_of(optimizer):
     group = optimizer.param_groups[0]
-    return group.get("damping") or group["radius"]
+    return group.get("damping") or group["radius"] or group["cubic_weight"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
