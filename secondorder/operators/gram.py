@@ -1,0 +1,287 @@
+"""``J J^T`` of a network's outputs without ``J``: from the inputs of its layers and their output-gradients.
+
+Where samples do not mix, one backward pass brings a gradient for every sample to every layer, and as many
+passes are enough as one sample has outputs. With rows ``a`` of what a linear layer took and ``b`` of what
+came to it, its weight adds ``(A A^T) * (B B^T)`` and its bias ``B B^T``. Whether the layers were read right,
+and samples do not mix, is found out for each parameter by a product ``J^T v``. For the others rows are
+formed, by as many backward passes.
+
+Reference: Novak, Sohl-Dickstein and Schoenholz (2022), Fast finite width neural tangent kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from secondorder.autodiff.backward import pull_rows
+from secondorder.autodiff.graph import Place, Source, like
+from secondorder.operators.layers import extent, factors, is_known
+from secondorder.operators.parameters import Jacobian
+from secondorder.operators.pieces import BySamples, Piece, TooLargeError, Total, scatter
+from secondorder.operators.uses import Use, uses_of
+from secondorder.solvers._probes import gaussian, identity_blocks
+
+__all__ = ["Gram", "TooLargeError", "gram"]
+
+# Gradients in one batched backward pass.
+WIDTH = 128
+# What a layer's factors need, in times of their size: they are sorted by samples, multiplied, and the pass
+# itself holds some.
+COPIES = 3
+# Rounding of a gradient through many layers stays far below ``eps ** (2 / 3)`` of its norm, what mixing does
+# far above: the mean of a batch of a million samples moves a thousandth.
+PROOF = 2 / 3
+# Devices may round more than the dtype does (TF32). As much as two passes differ by, times this, but never
+# more than a share of the norm.
+NOISE, MOST_NOISE = 8.0, 1e-2
+
+_MIXED = "samples mix, or the gradient is not the one that its layers give"
+_CHEAPER = "few entries for products of many positions"
+
+
+class Gram(NamedTuple):
+    """``J J^T``, and how it was computed.
+
+    Attributes:
+        matrix: Shape (m, m), in the order of all entries of all outputs.
+        forms: For each parameter "ghost" (its rows were not formed), "rows" (they were, for it alone) or
+            "none" (they are zero, or have weight 0).
+        why: Why rows were formed; empty where none were.
+    """
+
+    matrix: Tensor
+    forms: tuple[str, ...]
+    why: str
+
+
+def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: float = 2.0**32) -> Gram:
+    """``sum_p w_p J_p J_p^T`` over parameters, of a Jacobian that is not formed.
+
+    The first dimension of an output counts samples. Linear, convolution, embedding and normalisation layers,
+    and parameters that are added or multiplied with broadcasting, are read off the graph, wherever and how
+    often they are used, without a hook. A parameter that is used otherwise, or whose gradient is not what its
+    layers say, has its rows formed: slower, as right.
+
+    Args:
+        jacobian: Of outputs in the graph, with ``m`` entries in all.
+        weights: Of the parameters, non-negative; all 1 when None. Parameters of weight 0 cost nothing.
+        memory: Bytes that may be allocated.
+
+    Returns:
+        The matrix, of the dtype of outputs and parameters, at least float32.
+
+    Raises:
+        TypeError: ``jacobian`` is not a Jacobian, or complex.
+        ValueError: ``weights`` are too few, or negative; ``memory`` is not positive.
+        TooLargeError: the matrix, the gradients at a layer or the rows of a parameter do not fit ``memory``.
+
+    Cost: as many backward passes as a sample has outputs, to layers and not to parameters, two more for the
+    proof, and ``m^2`` multiply-adds for each output of a layer; one host read. Memory: three matrices, and
+    ``m`` gradients at the layers, or at some of them at a time. Parameters whose rows are formed by backward
+    passes: ``m`` of these, and ``m`` times their size.
+    """
+    factor = _checked(jacobian, weights, memory)
+    total, outputs = _empty(jacobian, memory), list(_outputs(jacobian))
+    wanted = [i for i, weight in enumerate(factor) if weight and outputs]
+    forms, why = ["none"] * len(factor), dict[str, list[int]]()
+    for i in wanted:
+        for name in sorted({use.node.name() for z in outputs for use in z.uses[i] if not is_known(use)}):
+            why.setdefault(f"{name} is not known", []).append(i)
+    slow = {i for indices in why.values() for i in indices}
+    with jacobian._rung():
+        for group in _groups(outputs, [i for i in wanted if i not in slow], total):
+            for i, pieces in _proved(outputs, jacobian.parameters, group, total.matrix.dtype).items():
+                if pieces is None:
+                    why.setdefault(_MIXED, []).append(i)
+                    slow.add(i)
+                elif pieces and total.add(pieces, jacobian.parameters[i].numel(), factor[i]):
+                    why.setdefault(_CHEAPER, []).append(i)
+                    forms[i] = "rows"
+                elif pieces:
+                    forms[i] = "ghost"
+    _add_passes(jacobian, sorted(slow), factor, total)
+    for i in slow:
+        forms[i] = "rows"
+    return Gram(total.matrix, tuple(forms), _listed(why))
+
+
+def _checked(jacobian: Jacobian, weights: Sequence[float] | None, memory: float) -> list[float]:
+    """The weights, as numbers."""
+    if not isinstance(jacobian, Jacobian):
+        raise TypeError(f"jacobian must be a Jacobian, got {type(jacobian).__name__}.")
+    if jacobian.dtype.is_complex:
+        raise TypeError(f"jacobian must be real, got {jacobian.dtype}; use torch.view_as_real.")
+    if not memory > 0:
+        raise ValueError(f"memory must be positive, in bytes, got {memory}.")
+    count = len(jacobian.parameters)
+    factor = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(factor) != count:
+        raise ValueError(f"weights must hold one number for each of {count} parameters, got {len(factor)}.")
+    for index, weight in enumerate(factor):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weights[{index}] must be non-negative and finite, got {weight}.")
+    return factor
+
+
+def _empty(jacobian: Jacobian, memory: float) -> Total:
+    """A sum of no rows, with what is left of the memory."""
+    dtype = torch.float32
+    for part in (jacobian, *jacobian.outputs):
+        dtype = torch.promote_types(dtype, part.dtype)
+    m = jacobian.shape[0]
+    matrices = 3 * m * m * dtype.itemsize
+    if matrices > memory:
+        raise TooLargeError(
+            f"memory must be at least {matrices:.2e} bytes for a matrix of {m} x {m}, got {memory:.2e}."
+        )
+    return Total(torch.zeros(m, m, dtype=dtype, device=jacobian.device), memory - matrices)
+
+
+def _listed(why: dict[str, list[int]]) -> str:
+    return "; ".join(f"{reason} (parameters {', '.join(map(str, why[reason]))})" for reason in why)
+
+
+class _Output(NamedTuple):
+    """One output of the network.
+
+    Attributes:
+        source: It.
+        rows: Its entries among those of all outputs.
+        samples: How many.
+        uses: Of each parameter, behind it.
+    """
+
+    source: Source
+    rows: slice
+    samples: int
+    uses: list[list[Use]]
+
+    @property
+    def count(self) -> int:
+        """Of entries in a sample."""
+        return like(self.source).numel() // self.samples
+
+    def gradients(self, nodes: Iterable[Node]) -> dict[Node, Tensor]:
+        """With respect to the results of nodes, of each entry of a sample, for all samples at once."""
+        places = {node: Place.of(node, 0) for node in nodes}
+        z, count = like(self.source), self.count
+        basis = torch.eye(count, dtype=z.dtype, device=z.device)
+        parts = []
+        for some in basis.split(WIDTH) if places else ():
+            seeds = some[:, None].expand(-1, self.samples, -1).reshape(-1, *z.shape)
+            parts.append(pull_rows([self.source], list(places.values()), [seeds]))
+        whole = [part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True)]
+        return dict(zip(places, whole, strict=True))
+
+    def options(self, index: int, gradients: dict[Node, Tensor], sortings: Sequence[BySamples]) -> list[list[Piece]]:
+        """What the rows of a parameter may be: its positions belong to samples in one order or another."""
+        found = [factors(use, gradients[use.node]) for use in self.uses[index]]
+        options = []
+        for by_samples in sortings if any(f and f.right.shape[1] > self.samples for f in found) else sortings[:1]:
+            pieces = [f and Piece.of(f, self.rows, by_samples) for f in found]
+            if None not in pieces:
+                options.append([piece for piece in pieces if piece])
+        return options
+
+
+def _outputs(jacobian: Jacobian) -> Iterator[_Output]:
+    start = 0
+    for source in jacobian._sources:
+        z = like(source)
+        if z.numel():
+            rows = slice(start, start + z.numel())
+            yield _Output(source, rows, z.shape[0] if z.ndim else 1, uses_of(source, jacobian.parameters))
+            start += z.numel()
+
+
+def _groups(outputs: Sequence[_Output], indices: Sequence[int], total: Total) -> Iterator[list[int]]:
+    """Parameters, together as long as what comes to their layers fits."""
+    group, held, seen = list[int](), 0, set[Node]()
+    for i in indices:
+        uses = [(use, z.count) for z in outputs for use in z.uses[i]]
+        alone = COPIES * sum(extent(use, count) for use, count in uses)
+        total.require(alone, f"the gradients at the layers of parameters[{i}]")
+        more = COPIES * sum(extent(use, count) for use, count in uses if use.node not in seen)
+        if group and not total.fits(held + more):
+            yield group
+            group, held, seen, more = [], 0, set(), alone
+        group.append(i)
+        held += more
+        seen.update(use.node for use, _ in uses)
+    if group:
+        yield group
+
+
+def _proved(
+    outputs: Sequence[_Output], parameters: Sequence[Tensor], group: Sequence[int], dtype: torch.dtype
+) -> dict[int, list[Piece] | None]:
+    """The rows of some parameters, or None where ``J^T v`` contradicts what their layers say."""
+    tried: list[tuple[int, int, list[Piece]]] = []
+    verdicts = []
+    for number, output in enumerate(outputs):
+        gradients = output.gradients({use.node for i in group for use in output.uses[i]})
+        sortings = [BySamples(output.samples, is_minor, dtype) for is_minor in (False, True)]
+        dtypes = {x.dtype for x in (like(output.source), *parameters, *gradients.values())}
+        eps = max(torch.finfo(each).eps for each in dtypes)
+        v, products = _products(output.source, [parameters[i] for i in group], dtype)
+        for i, pair in zip(group, products, strict=True):
+            for pieces in output.options(i, gradients, sortings):
+                tried.append((i, number, pieces))
+                verdicts.append(_agree(pieces, v, pair, eps))
+    proved: dict[tuple[int, int], list[Piece]] = {}
+    # One host read.
+    for (i, number, pieces), is_right in zip(tried, torch.stack(verdicts).tolist() if verdicts else (), strict=True):
+        if is_right:
+            proved.setdefault((i, number), pieces)
+    found: dict[int, list[Piece] | None] = {}
+    for i in group:
+        parts = [proved.get((i, number)) for number in range(len(outputs))]
+        found[i] = None if None in parts else [piece for part in parts for piece in part or ()]
+    return found
+
+
+def _products(source: Source, parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A random ``v`` and, for each parameter, ``J^T v`` and ``J^T (3 v) / 3``, which rounds otherwise."""
+    z = like(source)
+    v = gaussian(z.new_empty(z.numel()), 1, torch.Generator("cpu").manual_seed(0))[:, 0]
+    seeds = torch.stack([v, 3 * v]).view(2, *z.shape)
+    products = [product.to(dtype) for product in pull_rows([source], parameters, [seeds])]
+    for product in products:
+        product[1] /= 3
+    return v.to(dtype), products
+
+
+def _agree(pieces: Sequence[Piece], v: Tensor, products: Tensor, eps: float) -> Tensor:
+    """Whether ``J^T v`` is the same by pieces; where it is not finite, the matrix will say so."""
+    expected, again = products.flatten(1)
+    pulled = torch.zeros_like(expected)
+    for piece in pieces:
+        scatter(pulled, piece.spot).add_(piece.pulled(v).view(piece.spot.shape))
+    size = torch.stack([expected.new_zeros(()), *[piece.size for piece in pieces]]).norm()
+    error, noise = torch.linalg.vector_norm(torch.stack([pulled, again]) - expected, dim=1)
+    return ~(error > eps**PROOF * size + (NOISE * noise).minimum(MOST_NOISE * size))
+
+
+def _add_passes(
+    jacobian: Jacobian, indices: Sequence[int], factor: Sequence[float], total: Total
+) -> None:
+    """The rows of some parameters by backward passes, for as many together as fit."""
+    m, rest = jacobian.shape[0], list(indices)
+    while rest:
+        # Gathered from blocks, and multiplied in another dtype.
+        sizes = [2 * m * jacobian.parameters[i].numel() for i in rest]
+        total.require(sizes[0], f"the rows of parameters[{rest[0]}]")
+        count = max(k for k in range(1, len(rest) + 1) if k == 1 or total.fits(sum(sizes[:k])))
+        some, rest = rest[:count], rest[count:]
+        block = jacobian.restrict(some)
+        like_rows = jacobian.outputs[0].new_empty(m, dtype=jacobian.dtype)
+        columns = [block.T @ basis for _, basis in identity_blocks(like_rows, WIDTH)]
+        rows = torch.cat(columns, dim=1).T.to(total.matrix.dtype)
+        for i, part in zip(some, rows.split([jacobian.parameters[i].numel() for i in some], 1), strict=True):
+            total.add_rows(part, factor[i])
