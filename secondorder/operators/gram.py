@@ -23,7 +23,7 @@ from secondorder.autodiff.backward import pull_rows
 from secondorder.autodiff.graph import Place, Source, like
 from secondorder.operators.layers import extent, factors, is_known
 from secondorder.operators.parameters import Jacobian
-from secondorder.operators.pieces import BySamples, Piece, TooLargeError, Total, scatter
+from secondorder.operators.pieces import Piece, TooLargeError, Total, scatter
 from secondorder.operators.uses import Use, uses_of
 from secondorder.solvers._probes import gaussian, identity_blocks
 
@@ -60,6 +60,7 @@ class Gram(NamedTuple):
     why: str
 
 
+@torch.no_grad()
 def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: float = 2.0**32) -> Gram:
     """``sum_p w_p J_p J_p^T`` over parameters, of a Jacobian that is not formed.
 
@@ -105,6 +106,8 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
                     forms[i] = "rows"
                 elif pieces:
                     forms[i] = "ghost"
+    if any(z.entries > 1 for z in outputs):
+        total.reorder(torch.cat([z.order() for z in outputs]))
     _add_passes(jacobian, sorted(slow), factor, total)
     for i in slow:
         forms[i] = "rows"
@@ -132,8 +135,8 @@ def _checked(jacobian: Jacobian, weights: Sequence[float] | None, memory: float)
 def _empty(jacobian: Jacobian, memory: float) -> Total:
     """A sum of no rows, with what is left of the memory."""
     dtype = torch.float32
-    for part in (jacobian, *jacobian.outputs):
-        dtype = torch.promote_types(dtype, part.dtype)
+    for each in (jacobian.dtype, *[z.dtype for z in jacobian.outputs]):
+        dtype = torch.promote_types(dtype, each)
     m = jacobian.shape[0]
     matrices = 3 * m * m * dtype.itemsize
     if matrices > memory:
@@ -152,39 +155,46 @@ class _Output(NamedTuple):
 
     Attributes:
         source: It.
-        rows: Its entries among those of all outputs.
+        start: Its first entry among those of all outputs.
         samples: How many.
         uses: Of each parameter, behind it.
     """
 
     source: Source
-    rows: slice
+    start: int
     samples: int
     uses: list[list[Use]]
 
     @property
-    def count(self) -> int:
-        """Of entries in a sample."""
+    def entries(self) -> int:
+        """Of a sample."""
         return like(self.source).numel() // self.samples
 
-    def gradients(self, nodes: Iterable[Node]) -> dict[Node, Tensor]:
+    def order(self) -> Tensor:
+        """Where its entries are among rows that have those of one entry of all samples together."""
+        size = self.entries * self.samples
+        place = torch.arange(self.start, self.start + size, device=like(self.source).device)
+        return place.view(self.entries, self.samples).T.flatten()
+
+    def gradients(self, nodes: Iterable[Node], dtype: torch.dtype) -> dict[Node, Tensor]:
         """With respect to the results of nodes, of each entry of a sample, for all samples at once."""
         places = {node: Place.of(node, 0) for node in nodes}
-        z, count = like(self.source), self.count
+        z, count = like(self.source), self.entries
         basis = torch.eye(count, dtype=z.dtype, device=z.device)
         parts = []
         for some in basis.split(WIDTH) if places else ():
             seeds = some[:, None].expand(-1, self.samples, -1).reshape(-1, *z.shape)
             parts.append(pull_rows([self.source], list(places.values()), [seeds]))
-        whole = [part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True)]
-        return dict(zip(places, whole, strict=True))
+        whole = [torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
+        return {node: part.to(dtype) for node, part in zip(places, whole, strict=True)}
 
-    def options(self, index: int, gradients: dict[Node, Tensor], sortings: Sequence[BySamples]) -> list[list[Piece]]:
+    def options(self, index: int, gradients: dict[Node, Tensor], dtype: torch.dtype) -> list[list[Piece]]:
         """What the rows of a parameter may be: its positions belong to samples in one order or another."""
         found = [factors(use, gradients[use.node]) for use in self.uses[index]]
+        both = self.samples > 1 and any(f.positions > self.samples for f in found if f)
         options = []
-        for by_samples in sortings if any(f and f.right.shape[1] > self.samples for f in found) else sortings[:1]:
-            pieces = [f and Piece.of(f, self.rows, by_samples) for f in found]
+        for is_minor in (False, True) if both else (False,):
+            pieces = [f and Piece.of(f, self.start, self.samples, is_minor, dtype) for f in found]
             if None not in pieces:
                 options.append([piece for piece in pieces if piece])
         return options
@@ -195,8 +205,7 @@ def _outputs(jacobian: Jacobian) -> Iterator[_Output]:
     for source in jacobian._sources:
         z = like(source)
         if z.numel():
-            rows = slice(start, start + z.numel())
-            yield _Output(source, rows, z.shape[0] if z.ndim else 1, uses_of(source, jacobian.parameters))
+            yield _Output(source, start, z.shape[0] if z.ndim else 1, uses_of(source, jacobian.parameters))
             start += z.numel()
 
 
@@ -204,7 +213,7 @@ def _groups(outputs: Sequence[_Output], indices: Sequence[int], total: Total) ->
     """Parameters, together as long as what comes to their layers fits."""
     group, held, seen = list[int](), 0, set[Node]()
     for i in indices:
-        uses = [(use, z.count) for z in outputs for use in z.uses[i]]
+        uses = [(use, z.entries) for z in outputs for use in z.uses[i]]
         alone = COPIES * sum(extent(use, count) for use, count in uses)
         total.require(alone, f"the gradients at the layers of parameters[{i}]")
         more = COPIES * sum(extent(use, count) for use, count in uses if use.node not in seen)
@@ -225,18 +234,19 @@ def _proved(
     tried: list[tuple[int, int, list[Piece]]] = []
     verdicts = []
     for number, output in enumerate(outputs):
-        gradients = output.gradients({use.node for i in group for use in output.uses[i]})
-        sortings = [BySamples(output.samples, is_minor, dtype) for is_minor in (False, True)]
-        dtypes = {x.dtype for x in (like(output.source), *parameters, *gradients.values())}
-        eps = max(torch.finfo(each).eps for each in dtypes)
+        gradients = output.gradients({use.node for i in group for use in output.uses[i]}, dtype)
+        eps = max(torch.finfo(x.dtype).eps for x in (like(output.source), *parameters))
         v, products = _products(output.source, [parameters[i] for i in group], dtype)
+        v = v.view(output.samples, -1).T.flatten()
         for i, pair in zip(group, products, strict=True):
-            for pieces in output.options(i, gradients, sortings):
+            for pieces in output.options(i, gradients, dtype):
                 tried.append((i, number, pieces))
                 verdicts.append(_agree(pieces, v, pair, eps))
     proved: dict[tuple[int, int], list[Piece]] = {}
     # One host read.
-    for (i, number, pieces), is_right in zip(tried, torch.stack(verdicts).tolist() if verdicts else (), strict=True):
+    for (i, number, pieces), is_right in zip(
+        tried, torch.stack(verdicts).tolist() if verdicts else (), strict=True
+    ):
         if is_right:
             proved.setdefault((i, number), pieces)
     found: dict[int, list[Piece] | None] = {}
@@ -246,7 +256,9 @@ def _proved(
     return found
 
 
-def _products(source: Source, parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def _products(
+    source: Source, parameters: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
     """A random ``v`` and, for each parameter, ``J^T v`` and ``J^T (3 v) / 3``, which rounds otherwise."""
     z = like(source)
     v = gaussian(z.new_empty(z.numel()), 1, torch.Generator("cpu").manual_seed(0))[:, 0]
@@ -268,9 +280,7 @@ def _agree(pieces: Sequence[Piece], v: Tensor, products: Tensor, eps: float) -> 
     return ~(error > eps**PROOF * size + (NOISE * noise).minimum(MOST_NOISE * size))
 
 
-def _add_passes(
-    jacobian: Jacobian, indices: Sequence[int], factor: Sequence[float], total: Total
-) -> None:
+def _add_passes(jacobian: Jacobian, indices: Sequence[int], factor: Sequence[float], total: Total) -> None:
     """The rows of some parameters by backward passes, for as many together as fit."""
     m, rest = jacobian.shape[0], list(indices)
     while rest:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,16 +21,23 @@ class Factors(NamedTuple):
     """Rows of a Jacobian: ``sum_p left[c, p, g, :, None] * right[c, p, g, None, :]`` for gradient ``c``.
 
     Attributes:
-        left: Shape (C, P, G, o), or (1, P, G, o) for all gradients: P positions, G groups. As integers, of
-            shape (1, P, G): the one of ``o`` entries that is 1. None stands for ones, with ``G = o = 1``.
-        right: Shape (C, P, G, i) or (1, P, G, i).
+        left: Shape (C, *positions, G, o), or (1, ...) where it is one for all gradients. As integers, with
+            ``o`` left out, which of the entries is 1. None stands for ones, with ``G = o = 1``.
+        right: Shape (C, *positions, G, i) or (1, ...).
         spot: What entries of the parameter these are: shape (G, o, i), or any with ``i`` entries where
             ``left`` is None.
+        is_by_sample: Whether the first dimension of positions is known to be that of samples.
     """
 
     left: Tensor | None
     right: Tensor
     spot: Tensor
+    is_by_sample: bool = False
+
+    @property
+    def positions(self) -> int:
+        """How many there are."""
+        return math.prod(self.right.shape[1:-2])
 
 
 def is_known(use: Use) -> bool:
@@ -109,14 +115,16 @@ def _convolution(node: Any, position: int, gradients: Tensor, spot: Tensor) -> F
     if x is None:
         return None
     flat, count = gradients.flatten(0, 1), len(gradients)
-    whole, cut, counts = (x, flat, (1, count)) if node._saved_transposed else (flat, x, (count, 1))
+    whole, cut = (x, flat) if node._saved_transposed else (flat, x)
     windows = _windows(cut, spot.shape[2:], node)
     # What output_padding adds makes windows where no input is.
     for dim, size in enumerate(whole.shape[2:], 1):
         windows = windows.narrow(dim, 0, size)
+    spot = spot.view(groups, -1, windows.shape[-1])
     whole = whole.movedim(1, -1).unflatten(-1, (groups, -1))
-    left, right = (z.reshape(n, -1, *z.shape[-2:]) for z, n in zip((whole, windows), counts, strict=True))
-    return Factors(left, right, spot.view(groups, -1, right.shape[-1]))
+    if node._saved_transposed:
+        return Factors(whole[None], windows.unflatten(0, (count, -1)), spot, True)
+    return Factors(whole.unflatten(0, (count, -1)), windows[None], spot, True)
 
 
 def _windows(x: Tensor, kernel: Sequence[int], node: Any) -> Tensor:
@@ -130,14 +138,14 @@ def _windows(x: Tensor, kernel: Sequence[int], node: Any) -> Tensor:
     return x.reshape(*x.shape[: 1 + dims], node._saved_groups, -1)
 
 
-def _embedding(node: Any, position: int, gradients: Tensor, spot: Tensor) -> Factors:
+def _embedding(node: Any, _position: int, gradients: Tensor, spot: Tensor) -> Factors:
     """A product with rows of the identity matrix."""
     indices = node._saved_indices
     right = gradients.reshape(len(gradients), -1, 1, gradients.shape[-1])
     padding = signed(node._saved_padding_idx)
     if padding >= 0:
         right = right * (indices != padding).reshape(1, -1, 1, 1)
-    return Factors(indices.reshape(1, -1, 1), right, spot[None])
+    return Factors(indices.reshape(1, -1, 1, 1), right, spot[None])
 
 
 def _norm(node: Any, position: int, gradients: Tensor, spot: Tensor) -> Factors:
@@ -188,12 +196,12 @@ _SLOPES: dict[str, Callable[[Any, int, Tensor], Tensor]] = {
     "SubBackward0": lambda node, position, gradients: _times_alpha(node, position, gradients, -1),
     "MulBackward0": _times_other,
     "DivBackward0": _over_other,
-    "ExpandBackward0": lambda node, position, gradients: gradients,
-    "PreluKernelBackward0": lambda node, position, gradients: gradients * node._saved_self.clamp(max=0),
+    "ExpandBackward0": lambda _node, _position, gradients: gradients,
+    "PreluKernelBackward0": lambda node, _position, gradients: gradients * node._saved_self.clamp(max=0),
 }
 
 
-def _repeated(node: Any, position: int, gradients: Tensor, spot: Tensor) -> Factors | None:
+def _repeated(node: Any, _position: int, gradients: Tensor, spot: Tensor) -> Factors | None:
     """Copies of a vector one after another, as instance normalisation makes them of its weight."""
     repeats = node._saved_repeats
     if spot.ndim > 1 or len(repeats) > 1:

@@ -1,7 +1,7 @@
 """Rows of a Jacobian in factors, one piece for each use of a parameter, and the sum of their inner products.
 
-With ``J[r] = sum_t left[r, t] right[r, t]^T`` it is ``sum_tt' (L_t L_t'^T) * (R_t R_t'^T)``. Where
-that is dearer than the rows themselves, those are formed, for one parameter, and some columns, at a time.
+With ``J[r] = sum_t left[r, t] right[r, t]^T`` that is ``sum_tt' (L_t L_t'^T) * (R_t R_t'^T)``. Where it is
+dearer than the rows themselves, these are formed, for one parameter, and some of its columns, at a time.
 """
 
 from __future__ import annotations
@@ -15,135 +15,137 @@ from torch import Tensor
 
 from secondorder.operators.layers import Factors
 
-# Multiply-adds in the time of one entry-wise pass over a matrix, for each entry; measured on one CPU thread.
-PASS = 16
+# Multiply-adds in the time of the passes over the matrix that a pair of positions costs, for each entry;
+# measured on one CPU thread.
+PASSES = 32
 
 
 class TooLargeError(RuntimeError):
     """The matrix, or what it is computed from, does not fit the memory that was allowed."""
 
 
-class BySamples:
-    """Sorts the positions of factors by samples; what it is given twice it knows again.
-
-    Args:
-        samples: Their number.
-        is_minor: Whether neighbours among the positions are of different samples, not of one.
-        dtype: Of what it returns.
-    """
-
-    def __init__(self, samples: int, is_minor: bool, dtype: torch.dtype) -> None:
-        self.samples = samples
-        self.is_minor = is_minor
-        self._dtype = dtype
-        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, factor: Tensor) -> Tensor:
-        """Shape (c, P, ...) to (samples * c, T, ...)."""
-        key = identity(factor)
-        if key not in self._known:
-            shape = (-1, self.samples) if self.is_minor else (self.samples, -1)
-            split = factor.unflatten(1, shape).movedim(2 if self.is_minor else 1, 0).flatten(0, 1)
-            # Held, that nothing else may come to lie there.
-            self._known[key] = factor, split.to(self._dtype) if split.is_floating_point() else split
-        return self._known[key][1]
-
-
 class Piece(NamedTuple):
     """Rows of one output's Jacobian with respect to what one node takes of a parameter.
 
+    For each of C entries of a sample and each of N samples: ``sum_t left[c, n, t, g] right[c, n, t, g]^T``.
+
     Attributes:
-        rows: Which, of all outputs: those of a sample are neighbours.
-        samples: How many.
-        left: Shape (rows or samples, T, G, o), or integers, (samples, T, G): see ``Factors``; or None.
-        right: Shape (rows or samples, T, G, i).
-        spot: As in ``Factors``; its strides fall where ``left`` is a tensor.
-        size: Norm of the rows as if nothing cancelled in sums over ``T``, a scalar.
+        start: The first of the rows, which are in this order, among those of all outputs.
+        left: Shape (C or 1, N, T, G, o), or integers of shape (1, N, T, G, 1), or None: see ``Factors``.
+        right: Shape (C or 1, N, T, G, i).
+        spot: As in ``Factors``; its strides fall where ``left`` is no integers.
+        size: Norm of the rows as if nothing cancelled in sums over T, a scalar.
     """
 
-    rows: slice
-    samples: int
+    start: int
     left: Tensor | None
     right: Tensor
     spot: Tensor
     size: Tensor
 
     @classmethod
-    def of(cls, found: Factors, rows: slice, by_samples: BySamples) -> Piece | None:
-        """The rows of a use of which ``found`` has all positions; None where they are no multiple of samples."""
-        samples = by_samples.samples
-        if found.right.shape[1] % samples:
+    def of(cls, found: Factors, start: int, samples: int, is_minor: bool, dtype: torch.dtype) -> Piece | None:
+        """The rows that the positions of a use belong to; None where these are not those of samples.
+
+        Args:
+            found: Of the use.
+            start: As above.
+            samples: Their number.
+            is_minor: Whether positions that are neighbours belong to different samples, not to one.
+            dtype: Of the rows.
+        """
+        if found.positions % samples or (is_minor and found.is_by_sample):
             return None
-        right = by_samples(found.right)
+        right = _by_samples(found.right.to(dtype), samples, is_minor)
         if found.left is None:
             size = torch.linalg.vector_norm(right)
-            right = right.sum(1, keepdim=True) if right.shape[1] > 1 else right
-            return cls(rows, samples, None, right, found.spot, size)
-        left = by_samples(found.left)
-        size = _each(left, samples).mul(_each(right, samples)).sum().sqrt().to(right.dtype)
-        if left.is_floating_point() and strides(found.spot)[1] < strides(found.spot)[2]:
-            return cls(rows, samples, right, left, found.spot.transpose(1, 2), size)
-        return cls(rows, samples, left, right, found.spot, size)
+            right = right.sum(2, keepdim=True) if right.shape[2] > 1 else right
+            return cls(start, None, right, found.spot, size)
+        left = found.left.to(dtype) if found.left.is_floating_point() else found.left
+        left = _by_samples(left, samples, is_minor)
+        size = (_squares(left) * _squares(right)).sum().sqrt()
+        steps = strides(found.spot)
+        if left.is_floating_point() and steps[1] < steps[2]:
+            return cls(start, right, left, found.spot.transpose(1, 2), size)
+        return cls(start, left, right, found.spot, size)
 
     @property
-    def count(self) -> int:
-        """Of rows."""
-        return int(self.rows.stop - self.rows.start)
+    def shape(self) -> tuple[int, int, int]:
+        """``C``, ``N`` and ``T``."""
+        count, samples, positions = self.right.shape[:3]
+        return max(count, 1 if self.left is None else len(self.left)), samples, positions
 
     @property
-    def positions(self) -> int:
-        """``T``."""
-        return self.right.shape[1]
+    def rows(self) -> slice:
+        """Among those of all outputs."""
+        return slice(self.start, self.start + self.shape[0] * self.shape[1])
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """Which entries of the parameter it has, and in what order: equal for pieces that fit each other."""
+        """Which entries of the parameter it has, in what order: equal for pieces that fit each other."""
         dims = [pair for pair in zip(self.spot.shape, self.spot.stride(), strict=True) if pair[0] > 1]
         return self.left is None, self.spot.storage_offset(), *dims
 
     def pulled(self, v: Tensor) -> Tensor:
         """``J^T v`` for ``v`` of shape (rows,), shaped like ``spot``."""
         left, right = self.left, self.right
+        v = v.view(*self.shape[:2], 1, 1, 1)
         if left is None:
-            return (v @ right[:, 0, 0]).view(self.spot.shape)
+            return (v * right).sum((0, 1)).view(self.spot.shape)
         if len(right) == len(v):
-            right = self._summed(right, v)
+            right = (right * v).sum(0)
+            left = left[0]
         else:
-            left = self._summed(left, v)
+            left = (left * v).sum(0)
+            right = right[0]
+        right = right.movedim(2, 0).flatten(1, 2)
         if not left.is_floating_point():
             rows = right.new_zeros(self.spot.shape[1:])
-            return rows.index_add_(0, left.flatten(), right.flatten(0, 2)).view(self.spot.shape)
-        left, right = (z.flatten(0, 1).movedim(1, 0) for z in (left, right))
-        return left.mT @ right
-
-    def _summed(self, factor: Tensor, v: Tensor) -> Tensor:
-        """Over the rows of each sample, times those of ``v``."""
-        products = factor * v.view(-1, 1, 1, 1)
-        return products.unflatten(0, (self.samples, -1)).sum(1) if len(v) > self.samples else products
+            return rows.index_add_(0, left.flatten(), right[0])[None]
+        return left.movedim(2, 0).flatten(1, 2).mT @ right
 
     def dense(self, groups: slice = slice(None), entries: slice = slice(None)) -> Tensor:
         """The rows, of some groups and entries of ``left``: shape (rows, G, o, i), or (rows, *spot)."""
         if self.left is None:
             return self.right.reshape(-1, *self.spot.shape)
-        left, right = self.left[:, :, groups], self.right[:, :, groups]
+        left, right = self.left[..., groups, :], self.right[..., groups, :]
         if left.is_floating_point():
             left = left[..., entries]
         else:
-            which = torch.arange(self.spot.shape[1], device=left.device)[entries]
-            left = (left[..., None] == which).to(right.dtype)
-        left, right = (z.unflatten(0, (self.samples, -1)) for z in (left, right))
-        return torch.einsum("nctgo,nctgi->ncgoi", left, right).flatten(0, 1)
+            left = (left == torch.arange(self.spot.shape[1], device=left.device)[entries]).to(right.dtype)
+        return torch.einsum("cntgo,cntgi->cngoi", left, right).flatten(0, 1)
 
 
-def _each(factor: Tensor, samples: int) -> Tensor:
-    """Squared norms at each position, shape (samples, c, T, G)."""
-    squares = factor.square().sum(-1) if factor.is_floating_point() else torch.ones_like(factor)
-    return squares.unflatten(0, (samples, -1))
+def _by_samples(factor: Tensor, samples: int, is_minor: bool) -> Tensor:
+    """Shape (c, *positions, G, o) to (c, N, T, G, o), most often a view."""
+    shape = (-1, samples) if is_minor else (samples, -1)
+    split = factor.reshape(len(factor), *shape, *factor.shape[-2:])
+    return split.transpose(1, 2) if is_minor else split
+
+
+def _squares(factor: Tensor) -> Tensor:
+    """Of the norms at each position."""
+    return factor.square().sum(-1) if factor.is_floating_point() else torch.ones_like(factor[..., 0])
 
 
 def strides(x: Tensor) -> list[int]:
     """Zero along dimensions of one entry."""
     return [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
+
+
+def identity(x: Tensor) -> Any:
+    """What two tensors that live at the same time have in common where they are one in memory."""
+    return x.data_ptr(), x.dtype, x.shape, *strides(x)
+
+
+def scatter(rows: Tensor, spot: Tensor) -> Tensor:
+    """What a spot takes of parameters in the last dimension: a view of shape (..., *spot)."""
+    lead = rows.ndim - 1
+    return rows.as_strided(
+        (*rows.shape[:lead], *spot.shape),
+        (*rows.stride()[:lead], *spot.stride()),
+        rows.storage_offset() + spot.storage_offset(),
+    )
 
 
 class Total:
@@ -177,6 +179,11 @@ class Total:
         """Those of some columns, shape (m, k)."""
         self.matrix.addmm_(rows, rows.T, alpha=weight)
 
+    def reorder(self, index: Tensor) -> None:
+        """Row and column ``k`` become those at ``index[k]``."""
+        self._known.clear()
+        self.matrix = self.matrix[index][:, index]
+
     def fits(self, numbers: float) -> bool:
         """Whether there is room for so many."""
         return numbers * self.matrix.element_size() <= self.budget
@@ -193,16 +200,16 @@ class Total:
 
     def _is_ghost_cheaper(self, pieces: Sequence[Piece]) -> bool:
         """By multiply-adds, and passes over the matrix."""
-        groups, o, i = pieces[0].spot.shape
-        formed = len(self.matrix) ** 2 * o * i + sum(p.count * p.positions for p in pieces) * o * i
-        factored = 0
+        _, o, i = pieces[0].spot.shape
+        m, factored = len(self.matrix), 0
+        formed = o * i * (m * m + sum(c * n * t for c, n, t in (piece.shape for piece in pieces)))
         for first, second in combinations_with_replacement(pieces, 2):
-            assert first.left is not None and second.left is not None
-            pairs = first.positions * second.positions
-            if first is second:
-                pairs = (pairs + first.positions) // 2
+            assert first.left is not None
+            assert second.left is not None
+            (c, n, t), (d, k, s) = first.shape, second.shape
+            pairs = t * (t + 1) // 2 if first is second else t * s
             products = len(first.left) * len(second.left) * o + len(first.right) * len(second.right) * i
-            factored += pairs * (products + PASS * first.count * second.count)
+            factored += pairs * n * k * (products + PASSES * c * d)
         return factored <= formed
 
     def _add_products(self, pieces: Sequence[Piece], weight: float) -> None:
@@ -210,30 +217,31 @@ class Total:
         for first, second in combinations_with_replacement(pieces, 2):
             block = self.matrix[first.rows, second.rows]
             mirror = self.matrix[second.rows, first.rows].T
-            samples = (first.samples, second.samples)
-            for t, s, g in product(*map(range, (first.positions, second.positions, first.right.shape[2]))):
+            samples = first.shape[1], second.shape[1]
+            for t, s, g in product(*map(range, (first.shape[2], second.shape[2], first.right.shape[3]))):
                 if first is second and s < t:
                     continue
-                factors = [
-                    self._inner(x[:, t, g], y[:, s, g])
-                    for x, y in ((first.left, second.left), (first.right, second.right))
-                    if x is not None and y is not None
-                ]
-                _accumulate(block, factors, samples, weight)
+                at, other = (..., t, g, slice(None)), (..., s, g, slice(None))
+                parts = [self._inner(first.right[at].flatten(0, 1), second.right[other].flatten(0, 1))]
+                if first.left is not None and second.left is not None:
+                    parts.append(self._inner(first.left[at].flatten(0, 1), second.left[other].flatten(0, 1)))
+                _accumulate(block, parts, samples, weight)
                 if first is not second or s != t:
-                    _accumulate(mirror, factors, samples, weight)
+                    _accumulate(mirror, parts, samples, weight)
+                parts.clear()
 
     def _inner(self, x: Tensor, y: Tensor) -> Tensor:
-        """``x y^T``, where integers stand for rows of the identity matrix."""
+        """``x y^T``, where integers, of shape (k, 1), stand for rows of the identity matrix."""
         key = (identity(x), identity(y))
         for known in self._known:
             if known[0] == key:
                 return known[-1]
+        self._known = self._known[-1:]
         if x.is_floating_point():
-            result = x @ y.T if y.is_floating_point() else x[:, y]
+            result = x @ y.T if y.is_floating_point() else x[:, y[:, 0]]
         else:
-            result = y[:, x].T if y.is_floating_point() else (x[:, None] == y).to(self.matrix.dtype)
-        self._known = [*self._known[-1:], (key, x, y, result)]
+            result = y[:, x[:, 0]].T if y.is_floating_point() else (x == y.T).to(self.matrix.dtype)
+        self._known.append((key, x, y, result))
         return result
 
     def _add_columns(self, pieces: Sequence[Piece], weight: float) -> None:
@@ -252,43 +260,30 @@ class Total:
             self.add_rows(rows, weight)
 
     def _add_scattered(self, pieces: Sequence[Piece], entries: int, weight: float) -> None:
-        """The rows of pieces that overlap in the parameter."""
+        """The rows of pieces that have different entries, or an order of their own."""
         m = len(self.matrix)
         self.require(2 * m * entries, f"the {m} x {entries} Jacobian of one parameter")
         rows = self.matrix.new_zeros(m, entries)
         for piece in pieces:
-            scatter(rows[piece.rows], piece.spot).add_(piece.dense().view(-1, *piece.spot.shape))
+            scatter(rows[piece.rows], piece.spot).add_(piece.dense())
         self.add_rows(rows, weight)
-
-
-def identity(x: Tensor) -> Any:
-    """What two tensors that live at the same time have in common where they are one in memory."""
-    return x.data_ptr(), x.dtype, x.shape, *strides(x)
-
-
-def scatter(rows: Tensor, spot: Tensor) -> Tensor:
-    """What a spot takes of parameters in the last dimension: a view of shape (..., *spot)."""
-    lead = rows.ndim - 1
-    return rows.as_strided(
-        (*rows.shape[:lead], *spot.shape),
-        (*rows.stride()[:lead], *spot.stride()),
-        rows.storage_offset() + spot.storage_offset(),
-    )
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     """One piece an output, with the sum of their rows."""
     joined: dict[int, Piece] = {}
     for piece in pieces:
-        other = joined.get(piece.rows.start)
-        joined[piece.rows.start] = piece if other is None else piece._replace(right=piece.right + other.right)
+        other = joined.get(piece.start)
+        joined[piece.start] = piece if other is None else piece._replace(right=piece.right + other.right)
     return list(joined.values())
 
 
 def _accumulate(block: Tensor, factors: Sequence[Tensor], samples: tuple[int, int], weight: float) -> None:
-    """Add the entry-wise product of one or two factors, each for every row or every sample of both sides."""
-    block, *factors = (x.unflatten(0, (samples[0], -1)).unflatten(2, (samples[1], -1)) for x in (block, *factors))
-    if len(factors) == 1:
-        block.add_(factors[0], alpha=weight)
+    """Add the entry-wise product of one or two factors, of all rows or one for each sample, on both sides."""
+    target, *parts = (
+        x.unflatten(0, (-1, samples[0])).unflatten(2, (-1, samples[1])) for x in (block, *factors)
+    )
+    if len(parts) == 1:
+        target.add_(parts[0], alpha=weight)
     else:
-        block.addcmul_(*factors, value=weight)
+        target.addcmul_(*parts, value=weight)

@@ -80,7 +80,7 @@ def signed(number: int) -> int:
 _View = Callable[[Any, Tensor, int], Tensor]
 
 
-def _same(node: Any, spot: Tensor, result: int) -> Tensor:
+def _same(_node: Any, spot: Tensor, _result: int) -> Tensor:
     return spot
 
 
@@ -88,22 +88,22 @@ def _reshaped(node: Any, spot: Tensor, result: int) -> Tensor:
     return spot.view(node._input_metadata[result].shape)
 
 
-def _transposed(node: Any, spot: Tensor, result: int) -> Tensor:
+def _transposed(node: Any, spot: Tensor, _result: int) -> Tensor:
     return spot.transpose(signed(node._saved_dim0), signed(node._saved_dim1))
 
 
-def _permuted(node: Any, spot: Tensor, result: int) -> Tensor:
+def _permuted(node: Any, spot: Tensor, _result: int) -> Tensor:
     return spot.permute([signed(dim) for dim in node._saved_dims])
 
 
-def _sliced(node: Any, spot: Tensor, result: int) -> Tensor:
+def _sliced(node: Any, spot: Tensor, _result: int) -> Tensor:
     dim = signed(node._saved_dim)
     start, end, _ = slice(signed(node._saved_start), signed(node._saved_end)).indices(spot.shape[dim])
     index = [slice(None)] * (dim % spot.ndim)
     return spot[(*index, slice(start, end, node._saved_step))]
 
 
-def _selected(node: Any, spot: Tensor, result: int) -> Tensor:
+def _selected(node: Any, spot: Tensor, _result: int) -> Tensor:
     return spot.select(signed(node._saved_dim), signed(node._saved_index))
 
 
@@ -119,7 +119,7 @@ _VIEWS: dict[str, _View] = {
     **{f"{name}Backward0": _same for name in ("Alias", "Clone", "ToCopy")},
     **{f"{name}Backward0": _reshaped for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze")},
     **{f"SqueezeBackward{i}": _reshaped for i in range(3)},
-    "TBackward0": lambda node, spot, result: spot.t(),
+    "TBackward0": lambda _node, spot, _result: spot.t(),
     "TransposeBackward0": _transposed,
     "PermuteBackward0": _permuted,
     "SliceBackward0": _sliced,
