@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from secondorder.autodiff.graph import Place, Source, like
 from secondorder.operators.layers import extent, factors, is_known
 from secondorder.operators.parameters import Jacobian
 from secondorder.operators.pieces import Piece, TooLargeError, Total, scatter
-from secondorder.operators.uses import Use, uses_of
+from secondorder.operators.uses import Use, signed, uses_of
 from secondorder.solvers._probes import gaussian, identity_blocks
 
 __all__ = ["Gram", "TooLargeError", "gram"]
@@ -34,15 +34,14 @@ WIDTH = 128
 # What a layer's factors need, in times of their size: they are sorted by samples, multiplied, and the pass
 # itself holds some.
 COPIES = 3
-# Rounding of a gradient through many layers stays far below ``eps ** (2 / 3)`` of its norm, what mixing does
-# far above: the mean of a batch of a million samples moves a thousandth.
-PROOF = 2 / 3
-# Devices may round more than the dtype does (TF32). As much as two passes differ by, times this, but never
-# more than a share of the norm.
-NOISE, MOST_NOISE = 8.0, 1e-2
+# What mixing changes in ``J^T v`` is far above ``eps ** (2 / 3)`` of it: the mean of a batch of a million
+# samples moves a thousandth. Sums that cancel round by some ``eps`` of what is summed; and a gradient through
+# many layers, or on a device that rounds more than the dtype does (TF32), as much as two passes differ by,
+# times this, but never by more than a share of what is summed.
+PROOF, CANCELLED, NOISE, MOST_NOISE = 2 / 3, 64, 8, 1e-2
 
 _MIXED = "samples mix, or the gradient is not the one that its layers give"
-_CHEAPER = "few entries for products of many positions"
+_CHEAPER = "rows cost less than products of their factors"
 
 
 class Gram(NamedTuple):
@@ -89,7 +88,8 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
     """
     factor = _checked(jacobian, weights, memory)
     total, outputs = _empty(jacobian, memory), list(_outputs(jacobian))
-    wanted = [i for i, weight in enumerate(factor) if weight and outputs]
+    sizes = [parameter.numel() for parameter in jacobian.parameters]
+    wanted = [i for i, weight in enumerate(factor) if weight and sizes[i] and outputs]
     forms, why = ["none"] * len(factor), dict[str, list[int]]()
     for i in wanted:
         for name in sorted({use.node.name() for z in outputs for use in z.uses[i] if not is_known(use)}):
@@ -101,7 +101,7 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
                 if pieces is None:
                     why.setdefault(_MIXED, []).append(i)
                     slow.add(i)
-                elif pieces and total.add(pieces, jacobian.parameters[i].numel(), factor[i]):
+                elif pieces and total.add(pieces, sizes[i], factor[i]):
                     why.setdefault(_CHEAPER, []).append(i)
                     forms[i] = "rows"
                 elif pieces:
@@ -201,12 +201,31 @@ class _Output(NamedTuple):
 
 
 def _outputs(jacobian: Jacobian) -> Iterator[_Output]:
+    """All of them that have entries."""
     start = 0
-    for source in jacobian._sources:
-        z = like(source)
-        if z.numel():
-            yield _Output(source, start, z.shape[0] if z.ndim else 1, uses_of(source, jacobian.parameters))
-            start += z.numel()
+    for whole in jacobian._sources:
+        for source in _parts(whole):
+            z = like(source)
+            if z.numel():
+                samples = z.shape[0] if z.ndim else 1
+                yield _Output(source, start, samples, uses_of(source, jacobian.parameters))
+                start += z.numel()
+
+
+def _parts(source: Source) -> Iterator[Source]:
+    """What an output was joined from along its samples: batches of their own, as of domain and boundary."""
+    node: Any = source.edge.node if isinstance(source, Place) else source.grad_fn
+    parts = node.next_functions if node is not None and node.name() == "CatBackward0" else ()
+    if not parts or signed(node._saved_dim) % like(source).ndim or not all(map(_is_inner, parts)):
+        yield source
+        return
+    for part, number in parts:
+        yield from _parts(Place.of(part, number))
+
+
+def _is_inner(edge: tuple[Node | None, int]) -> bool:
+    """Whether a tensor in the graph comes from an operation."""
+    return edge[0] is not None and not hasattr(edge[0], "variable")
 
 
 def _groups(outputs: Sequence[_Output], indices: Sequence[int], total: Total) -> Iterator[list[int]]:
@@ -271,13 +290,14 @@ def _products(
 
 def _agree(pieces: Sequence[Piece], v: Tensor, products: Tensor, eps: float) -> Tensor:
     """Whether ``J^T v`` is the same by pieces; where it is not finite, the matrix will say so."""
-    expected, again = products.flatten(1)
+    expected, again = products.reshape(2, -1)
     pulled = torch.zeros_like(expected)
     for piece in pieces:
         scatter(pulled, piece.spot).add_(piece.pulled(v).view(piece.spot.shape))
     size = torch.stack([expected.new_zeros(()), *[piece.size for piece in pieces]]).norm()
     error, noise = torch.linalg.vector_norm(torch.stack([pulled, again]) - expected, dim=1)
-    return ~(error > eps**PROOF * size + (NOISE * noise).minimum(MOST_NOISE * size))
+    rounding = (CANCELLED * eps * size + NOISE * noise).minimum(MOST_NOISE * size)
+    return ~(error > eps**PROOF * torch.linalg.vector_norm(expected) + rounding)
 
 
 def _add_passes(jacobian: Jacobian, indices: Sequence[int], factor: Sequence[float], total: Total) -> None:

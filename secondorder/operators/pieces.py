@@ -15,9 +15,8 @@ from torch import Tensor
 
 from secondorder.operators.layers import Factors
 
-# Multiply-adds in the time of the passes over the matrix that a pair of positions costs, for each entry;
-# measured on one CPU thread.
-PASSES = 32
+# Multiply-adds in the time of a pass over the matrix, for each entry; measured on one CPU thread.
+PASS = 16
 
 
 class TooLargeError(RuntimeError):
@@ -207,9 +206,9 @@ class Total:
             assert first.left is not None
             assert second.left is not None
             (c, n, t), (d, k, s) = first.shape, second.shape
-            pairs = t * (t + 1) // 2 if first is second else t * s
+            pairs, passes = (t * (t + 1) // 2, t * t) if first is second else (t * s, 2 * t * s)
             products = len(first.left) * len(second.left) * o + len(first.right) * len(second.right) * i
-            factored += pairs * n * k * (products + PASSES * c * d)
+            factored += n * k * (pairs * products + passes * PASS * c * d)
         return factored <= formed
 
     def _add_products(self, pieces: Sequence[Piece], weight: float) -> None:
