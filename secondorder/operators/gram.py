@@ -106,12 +106,13 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
                     forms[i] = "rows"
                 elif pieces:
                     forms[i] = "ghost"
-    if any(z.entries > 1 for z in outputs):
-        total.reorder(torch.cat([z.order() for z in outputs]))
-    _add_passes(jacobian, sorted(slow), factor, total)
+    index = torch.cat(
+        [torch.zeros(0, dtype=torch.long, device=jacobian.device), *[z.order() for z in outputs]]
+    )
+    _add_passes(jacobian, sorted(slow), factor, total, index)
     for i in slow:
         forms[i] = "rows"
-    return Gram(total.matrix, tuple(forms), _listed(why))
+    return Gram(total.whole(index), tuple(forms), _listed(why))
 
 
 def _checked(jacobian: Jacobian, weights: Sequence[float] | None, memory: float) -> list[float]:
@@ -300,8 +301,11 @@ def _agree(pieces: Sequence[Piece], v: Tensor, products: Tensor, eps: float) -> 
     return ~(error > eps**PROOF * torch.linalg.vector_norm(expected) + rounding)
 
 
-def _add_passes(jacobian: Jacobian, indices: Sequence[int], factor: Sequence[float], total: Total) -> None:
+def _add_passes(
+    jacobian: Jacobian, indices: Sequence[int], factor: Sequence[float], total: Total, index: Tensor
+) -> None:
     """The rows of some parameters by backward passes, for as many together as fit."""
+    place = index.argsort()
     m, rest = jacobian.shape[0], list(indices)
     while rest:
         # Gathered from blocks, and multiplied in another dtype.
@@ -312,6 +316,6 @@ def _add_passes(jacobian: Jacobian, indices: Sequence[int], factor: Sequence[flo
         block = jacobian.restrict(some)
         like_rows = jacobian.outputs[0].new_empty(m, dtype=jacobian.dtype)
         columns = [block.T @ basis for _, basis in identity_blocks(like_rows, WIDTH)]
-        rows = torch.cat(columns, dim=1).T.to(total.matrix.dtype)
+        rows = torch.cat(columns, dim=1).T[place].to(total.matrix.dtype)
         for i, part in zip(some, rows.split([jacobian.parameters[i].numel() for i in some], 1), strict=True):
             total.add_rows(part, factor[i])

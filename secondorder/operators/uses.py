@@ -111,6 +111,10 @@ def _split(node: Any, spot: Tensor, result: int) -> Tensor:
     return spot.split(node._saved_split_size, signed(node._saved_dim))[result]
 
 
+def _split_unevenly(node: Any, spot: Tensor, result: int) -> Tensor:
+    return spot.split(list(node._saved_split_sizes), signed(node._saved_dim))[result]
+
+
 def _unbound(node: Any, spot: Tensor, result: int) -> Tensor:
     return spot.unbind(signed(node._saved_dim))[result]
 
@@ -118,7 +122,8 @@ def _unbound(node: Any, spot: Tensor, result: int) -> Tensor:
 _VIEWS: dict[str, _View] = {
     **{f"{name}Backward0": _same for name in ("Alias", "Clone", "ToCopy")},
     **{f"{name}Backward0": _reshaped for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze")},
-    **{f"SqueezeBackward{i}": _reshaped for i in range(3)},
+    # One for each of its signatures.
+    **{f"SqueezeBackward{i}": _reshaped for i in range(6)},
     "TBackward0": lambda _node, spot, _result: spot.t(),
     "TransposeBackward0": _transposed,
     "PermuteBackward0": _permuted,
@@ -126,5 +131,6 @@ _VIEWS: dict[str, _View] = {
     "SelectBackward0": _selected,
     "SplitBackward0": _split,
     "UnsafeSplitBackward0": _split,
+    "SplitWithSizesBackward0": _split_unevenly,
     "UnbindBackward0": _unbound,
 }
