@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory import peak_bytes
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from secondorder import Jacobian
 from secondorder.operators.gram import TooLargeError, gram
@@ -339,7 +340,7 @@ def test_differences_from_the_mean_mix_samples():
 
 
 def test_the_form_that_costs_less():
-    """Wide layers by products; rows where positions are many and weights small, or one sample has one output."""
+    """Wide layers by products; rows where positions are many and weights small, or outputs few."""
     wide = network(nn.Conv1d(4, 40, 3, stride=3), nn.Tanh(), nn.Flatten(), nn.Linear(80, 20))
     check(wide(normal(6, 4, 7)), wide.parameters(), "gggg")
     small = network(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(60, 1))
@@ -503,6 +504,50 @@ def test_memory_bounds_what_is_held():
     ):
         with pytest.raises(TooLargeError, match=what):
             gram(jacobian, memory=memory)
+
+
+def test_1280_rows_of_670_thousand_parameters():
+    """No more than five matrices of memory, a hundredth of the Jacobian; exact to rounding."""
+    model = network(nn.Linear(784, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10))
+    jacobian = Jacobian(model(normal(128, 784)), list(model.parameters()))
+    assert jacobian.shape == (1280, 669706)
+    u = normal(1280)
+    found = gram(jacobian)
+    expected = jacobian @ (jacobian.T @ u)
+    torch.testing.assert_close(found.matrix @ u, expected, rtol=0, atol=TOLERANCE * float(expected.norm()))
+    assert found.forms == ("ghost",) * 6
+    assert peak_bytes(lambda: gram(jacobian)) <= 5 * 8 * 1280**2 < 0.01 * 8 * 1280 * 669706
+
+
+def test_one_host_read():
+    model = network(nn.Linear(5, 30), nn.Tanh(), nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(112, 3))
+    jacobian = Jacobian(model(normal(6, 1, 5)), list(model.parameters()))
+    with Reads() as reads:
+        gram(jacobian)
+    assert reads.count == 1
+
+
+class Reads(TorchFunctionMode):
+    """Counts what waits for a device."""
+
+    NAMES = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def test_tensors_are_made_on_the_device_of_the_outputs():
+    model = network(nn.Embedding(9, 5), nn.Linear(5, 30), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(120, 3))
+    jacobian = Jacobian(model(torch.randint(9, (6, 4))), list(model.parameters()))
+    expected = gram(jacobian)
+    with torch.device("meta"):
+        found = gram(jacobian)
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_rows_by_backward_passes_have_to_fit():
