@@ -82,9 +82,16 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
         TooLargeError: the matrix, the gradients at a layer or the rows of a parameter do not fit ``memory``.
 
     Cost: as many backward passes as a sample has outputs, to layers and not to parameters, two more for the
-    proof, and ``m^2`` multiply-adds for each output of a layer; one host read. Memory: three matrices, and
-    ``m`` gradients at the layers, or at some of them at a time. Parameters whose rows are formed by backward
-    passes: ``m`` of these, and ``m`` times their size.
+    proof, and ``m^2 / 2`` multiply-adds for each output of a layer: 9 products with the Gauss-Newton matrix
+    for 1280 rows of an MLP of 670 thousand parameters. Memory: three matrices, and ``m`` gradients at the
+    layers, or at some of them at a time, with one host read each. Parameters whose rows are formed by
+    backward passes: ``m`` of these, and ``m`` times their size.
+
+    Example:
+        >>> layer = torch.nn.Linear(30, 20)
+        >>> found = gram(Jacobian(layer(torch.ones(4, 30)), list(layer.parameters())))
+        >>> found.matrix.shape, found.forms, found.why
+        (torch.Size([80, 80]), ('ghost', 'ghost'), '')
     """
     factor = _checked(jacobian, weights, memory)
     total, outputs = _empty(jacobian, memory), list(_outputs(jacobian))

@@ -84,7 +84,9 @@ class Piece(NamedTuple):
     @property
     def place(self) -> tuple[Any, ...]:
         """Which entries of the parameter it has, in what order: equal for pieces that fit each other."""
-        dims = [pair for pair in zip(self.spot.shape, self.spot.stride(), strict=True) if pair[0] > 1]
+        dims = list(zip(self.spot.shape, strides(self.spot), strict=True))
+        if self.left is None:
+            dims = [pair for pair in dims if pair[0] > 1]
         return self.left is None, self.spot.storage_offset(), *dims
 
     def pulled(self, v: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ class Total:
             )
 
     def _is_ghost_cheaper(self, pieces: Sequence[Piece]) -> bool:
-        """By multiply-adds, and passes over the matrix."""
+        """By multiply-adds, and passes over the matrix; for each group, of which both have as many."""
         _, o, i = pieces[0].spot.shape
         m, formed, factored = len(self.matrix), 0.0, 0.0
         for first, second in combinations_with_replacement(pieces, 2):
@@ -273,16 +275,18 @@ class Total:
     def _add_columns(self, pieces: Sequence[Piece], weight: float) -> None:
         """The rows of pieces with one place, as many columns at a time as fit."""
         groups, o, i = pieces[0].spot.shape
-        m, columns = len(self.matrix), i if groups == 1 else o * i
+        m, every = len(self.matrix), slice(None)
+        # In units of one entry of ``left``, or of one group.
+        units, columns = (o, i) if groups == 1 else (groups, o * i)
         # They are copied to be multiplied.
         self.require(2 * m * columns, f"{columns} columns of the Jacobian")
         count = max(1, int(self.budget // (2 * m * columns * self.matrix.element_size())))
-        for start in range(0, o if groups == 1 else groups, count):
-            some, every = slice(start, start + count), slice(None)
-            parts = [p.dense(*((every, some) if groups == 1 else (some, every))).flatten(1) for p in pieces]
-            rows = self.matrix.new_zeros(m, parts[0].shape[1])
-            for piece, part in zip(pieces, parts, strict=True):
-                rows[piece.rows] += part
+        for start in range(0, units, count):
+            some = slice(start, min(start + count, units))
+            rows = self.matrix.new_zeros(m, (some.stop - start) * columns)
+            for piece in pieces:
+                part = piece.dense(every, some) if groups == 1 else piece.dense(some)
+                rows[piece.rows] += part.flatten(1)
             self.add_rows(rows, weight)
 
     def _add_scattered(self, pieces: Sequence[Piece], entries: int, weight: float) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from secondorder import Jacobian
+from secondorder.autodiff.graph import Place
 from secondorder.operators.gram import TooLargeError, gram
 from secondorder.operators.pieces import Total
 from secondorder.vectors.flat import flatten
@@ -320,6 +321,15 @@ def test_physics_informed_network(route):
 def test_shapes_of_outputs(of, route):
     model = network(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 4))
     check(of(model(normal(6, 5))), model.parameters(), "gggg" if route == "ghost" else "rgrg")
+
+
+def test_outputs_that_only_the_graph_knows(route):
+    model = network(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 4))
+    z, parameters = model(normal(6, 5)), list(model.parameters())
+    expected = gram(Jacobian(z, parameters))
+    found = gram(Jacobian([Place.of(z.grad_fn, 0)], parameters))
+    assert torch.equal(found.matrix, expected.matrix)
+    assert found.forms == expected.forms
 
 
 def test_outputs_that_are_transposed_mix_samples():
