@@ -343,10 +343,16 @@ def test_batch_norm_in_training_mixes_samples_before_it():
     check(model(normal(6, 5)), model.parameters(), "rrgggg", "samples mix")
 
 
-def test_differences_from_the_mean_mix_samples():
-    model = network(nn.Linear(5, 30), nn.Tanh(), nn.Linear(30, 3))
-    z = model(normal(6, 5))
-    check(z - z.mean(0), model.parameters(), why="samples mix")
+@pytest.mark.parametrize(
+    ("share", "dtype"), [(1.0, torch.float64), (1e-7, torch.float64), (1e-2, torch.float32)]
+)
+def test_samples_that_mix_a_little(share, dtype):
+    """By what they share with the mean of 100 samples."""
+    model = nn.Sequential(nn.Linear(5, 30), nn.Tanh(), nn.Linear(30, 3)).to(dtype)
+    z = model(torch.randn(100, 5, dtype=dtype))
+    found = gram(Jacobian(z - share * z.mean(0), list(model.parameters()), keep_graph=False))
+    assert found.forms[:3] == ("rows",) * 3
+    assert "samples mix" in found.why
 
 
 def test_the_form_that_costs_less():
