@@ -23,14 +23,12 @@ from secondorder.autodiff.backward import pull_rows
 from secondorder.autodiff.graph import Place, Source, like
 from secondorder.operators.layers import extent, factors, is_known
 from secondorder.operators.parameters import Jacobian
-from secondorder.operators.pieces import Piece, TooLargeError, Total, scatter
+from secondorder.operators.pieces import WIDTH, Piece, TooLargeError, Total, pulled_back, scatter
 from secondorder.operators.uses import Use, signed, uses_of
 from secondorder.solvers._probes import gaussian, identity_blocks
 
 __all__ = ["Gram", "TooLargeError", "gram"]
 
-# Gradients in one batched backward pass.
-WIDTH = 128
 # What a layer's factors need, in times of their size: they are sorted by samples, multiplied, and the pass
 # itself holds some.
 COPIES = 3
@@ -41,6 +39,7 @@ COPIES = 3
 PROOF, CANCELLED, NOISE, MOST_NOISE = 2 / 3, 64, 8, 1e-2
 
 _MIXED = "samples mix, or the gradient is not the one that its layers give"
+_COMPUTED = "used by way of what is computed from parameters alone"
 _CHEAPER = "rows cost less than products of their factors"
 
 
@@ -65,8 +64,9 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
 
     The first dimension of an output counts samples. Linear, convolution, embedding and normalisation layers,
     and parameters that are added or multiplied with broadcasting, are read off the graph, wherever and how
-    often they are used, without a hook. A parameter that is used otherwise, or whose gradient is not what its
-    layers say, has its rows formed: slower, as right.
+    often they are used, without a hook. A parameter that is used by way of what is computed from parameters
+    alone, as a normalised weight, has its rows formed, for it alone; one that is used otherwise, or whose
+    gradient is not what its layers say, by as many backward passes: slower, as right.
 
     Args:
         jacobian: Of outputs in the graph, with ``m`` entries in all.
@@ -99,7 +99,7 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
     wanted = [i for i, weight in enumerate(factor) if weight and sizes[i] and outputs]
     forms, why = ["none"] * len(factor), dict[str, list[int]]()
     for i in wanted:
-        for name in sorted({use.node.name() for z in outputs for use in z.uses[i] if not is_known(use)}):
+        for name in sorted({use.node.name() for z in outputs for use in z.uses[i] if not is_known(use.node)}):
             why.setdefault(f"{name} is not known", []).append(i)
     slow = {i for indices in why.values() for i in indices}
     with jacobian._rung():
@@ -108,8 +108,8 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
                 if pieces is None:
                     why.setdefault(_MIXED, []).append(i)
                     slow.add(i)
-                elif pieces and total.add(pieces, sizes[i], factor[i]):
-                    why.setdefault(_CHEAPER, []).append(i)
+                elif pieces and total.add(pieces, jacobian.parameters[i], factor[i]):
+                    why.setdefault(_COMPUTED if any(p.base for p in pieces) else _CHEAPER, []).append(i)
                     forms[i] = "rows"
                 elif pieces:
                     forms[i] = "ghost"
@@ -198,13 +198,15 @@ class _Output(NamedTuple):
 
     def options(self, index: int, gradients: dict[Node, Tensor], dtype: torch.dtype) -> list[list[Piece]]:
         """What the rows of a parameter may be: its positions belong to samples in one order or another."""
-        found = [factors(use, gradients[use.node]) for use in self.uses[index]]
+        uses = self.uses[index]
+        found = [factors(use, gradients[use.node]) for use in uses]
         both = self.samples > 1 and any(f.positions > self.samples for f in found if f)
         options = []
         for is_minor in (False, True) if both else (False,):
             pieces = [f and Piece.of(f, self.start, self.samples, is_minor, dtype) for f in found]
             if None not in pieces:
-                options.append([piece for piece in pieces if piece])
+                pairs = zip(pieces, uses, strict=True)
+                options.append([piece._replace(base=use.base) for piece, use in pairs if piece])
         return options
 
 
@@ -216,7 +218,7 @@ def _outputs(jacobian: Jacobian) -> Iterator[_Output]:
             z = like(source)
             if z.numel():
                 samples = z.shape[0] if z.ndim else 1
-                yield _Output(source, start, samples, uses_of(source, jacobian.parameters))
+                yield _Output(source, start, samples, uses_of(source, jacobian.parameters, is_known))
                 start += z.numel()
 
 
@@ -268,7 +270,7 @@ def _proved(
         for i, pair in zip(group, products, strict=True):
             for pieces in output.options(i, gradients, dtype):
                 tried.append((i, number, pieces))
-                verdicts.append(_agree(pieces, v, pair, eps))
+                verdicts.append(_agree(pieces, parameters[i], v, pair, eps))
     proved: dict[tuple[int, int], list[Piece]] = {}
     # One host read.
     for (i, number, pieces), is_right in zip(
@@ -296,12 +298,15 @@ def _products(
     return v.to(dtype), products
 
 
-def _agree(pieces: Sequence[Piece], v: Tensor, products: Tensor, eps: float) -> Tensor:
+def _agree(pieces: Sequence[Piece], parameter: Tensor, v: Tensor, products: Tensor, eps: float) -> Tensor:
     """Whether ``J^T v`` is the same by pieces; where it is not finite, the matrix will say so."""
     expected, again = products.reshape(2, -1)
     pulled = torch.zeros_like(expected)
     for piece in pieces:
-        scatter(pulled, piece.spot).add_(piece.pulled(v).view(piece.spot.shape))
+        part = pulled if piece.base is None else pulled.new_zeros(piece.base.like.numel())
+        scatter(part, piece.spot).add_(piece.pulled(v).view(piece.spot.shape))
+        if piece.base is not None:
+            pulled += pulled_back(piece.base, parameter, part[None])[0]
     size = torch.stack([expected.new_zeros(()), *[piece.size for piece in pieces]]).norm()
     error, noise = torch.linalg.vector_norm(torch.stack([pulled, again]) - expected, dim=1)
     rounding = (CANCELLED * eps * size + NOISE * noise).minimum(MOST_NOISE * size)

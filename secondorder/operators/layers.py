@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from secondorder.operators.uses import Use, signed
 
@@ -40,9 +41,9 @@ class Factors(NamedTuple):
         return math.prod(self.right.shape[1:-2])
 
 
-def is_known(use: Use) -> bool:
+def is_known(node: Node) -> bool:
     """Whether ``factors`` reads nodes of this kind."""
-    return use.node.name() in _READERS
+    return node.name() in _READERS
 
 
 def factors(use: Use, gradients: Tensor) -> Factors | None:

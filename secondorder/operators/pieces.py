@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder.autodiff.backward import pull_rows
+from secondorder.autodiff.graph import Place
 from secondorder.operators.layers import Factors
 
+# Gradients in one batched backward pass.
+WIDTH = 128
 # Blocks in which half of a symmetric product is left out, and its time then.
 BLOCKS, HALF = 8, 0.65
 # Multiply-adds in the time of a pass over the matrix, for each entry; measured on one CPU thread.
@@ -36,6 +40,7 @@ class Piece(NamedTuple):
         right: Shape (C or 1, N, T, G, i).
         spot: As in ``Factors``; its strides fall where ``left`` is no integers.
         size: Norm of the rows as if nothing cancelled in sums over T, a scalar.
+        base: As in ``Use``.
     """
 
     start: int
@@ -43,6 +48,7 @@ class Piece(NamedTuple):
     right: Tensor
     spot: Tensor
     size: Tensor
+    base: Place | None = None
 
     @classmethod
     def of(cls, found: Factors, start: int, samples: int, is_minor: bool, dtype: torch.dtype) -> Piece | None:
@@ -165,10 +171,10 @@ class Total:
         # The last two inner products, with what they are of: a bias takes that of its weight.
         self._known: list[tuple[Any, Tensor, Tensor, Tensor]] = []
 
-    def add(self, pieces: Sequence[Piece], entries: int, weight: float) -> bool:
-        """The rows of one parameter of so many entries; whether they were formed."""
-        if len({piece.place for piece in pieces}) > 1:
-            self._add_scattered(pieces, entries, weight)
+    def add(self, pieces: Sequence[Piece], parameter: Tensor, weight: float) -> bool:
+        """The rows of one parameter; whether they were formed."""
+        if len({piece.place for piece in pieces}) > 1 or any(piece.base for piece in pieces):
+            self._add_scattered(pieces, parameter, weight)
             return True
         if pieces[0].left is None:
             pieces = _joined(pieces)
@@ -289,14 +295,32 @@ class Total:
                 rows[piece.rows] += part.flatten(1)
             self.add_rows(rows, weight)
 
-    def _add_scattered(self, pieces: Sequence[Piece], entries: int, weight: float) -> None:
-        """The rows of pieces that have different entries, or an order of their own."""
-        m = len(self.matrix)
-        self.require(2 * m * entries, f"the {m} x {entries} Jacobian of one parameter")
-        rows = self.matrix.new_zeros(m, entries)
+    def _add_scattered(self, pieces: Sequence[Piece], parameter: Tensor, weight: float) -> None:
+        """The rows of pieces that have different entries, an order of their own, or another base."""
+        groups: dict[Any, list[Piece]] = {}
         for piece in pieces:
-            scatter(rows[piece.rows], piece.spot).add_(piece.dense())
+            groups.setdefault(piece.base and piece.base.edge, []).append(piece)
+        m, entries = len(self.matrix), parameter.numel()
+        most = max([0, *[some[0].base.like.numel() for some in groups.values() if some[0].base]])
+        self.require(2 * m * (entries + most), f"the {m} x {entries} Jacobian of one parameter")
+        rows = self.matrix.new_zeros(m, entries)
+        for some in groups.values():
+            base = some[0].base
+            target = rows if base is None else rows.new_zeros(m, base.like.numel())
+            for piece in some:
+                scatter(target[piece.rows], piece.spot).add_(piece.dense())
+            if base is not None:
+                rows += pulled_back(base, parameter, target)
         self.add_rows(rows, weight)
+
+
+def pulled_back(base: Place, parameter: Tensor, rows: Tensor) -> Tensor:
+    """Derivatives with respect to what is computed from a parameter, shape (k, size), to that of it."""
+    parts = [
+        pull_rows([base], [parameter], [some.view(-1, *base.like.shape).to(base.like.dtype)])[0]
+        for some in rows.split(WIDTH)
+    ]
+    return torch.cat(parts).reshape(len(rows), -1).to(rows.dtype)
 
 
 def _add_square(matrix: Tensor, rows: Tensor, weight: float, beta: int = 1) -> None:

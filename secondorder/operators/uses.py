@@ -2,6 +2,7 @@
 
 On the way from a parameter to the node that uses it lie views: the ``weight.t()`` of a linear layer, a slice
 of packed weights. They are repeated on a tensor without memory, whose strides then say which entry is where.
+Other operations on parameters alone, as of a normalised weight, make a tensor that is used in their place.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from secondorder.autodiff.graph import Source, nodes
+from secondorder.autodiff.graph import Place, Source, nodes
 
 
 class Use(NamedTuple):
@@ -23,45 +24,87 @@ class Use(NamedTuple):
         node: It, behind all views.
         position: Of what it takes among its inputs.
         spot: What it takes, as a view of the parameter, contiguous, on the meta device.
+        base: The tensor, computed from parameters alone, of which that is a view instead.
     """
 
     node: Node
     position: int
     spot: Tensor
+    base: Place | None = None
 
 
-# What takes a result of a node: the number of the result, who takes it, and as which input.
-_Users = dict[Node, list[tuple[int, Node, int]]]
+def uses_of(
+    source: Source, parameters: Sequence[Tensor], is_layer: Callable[[Node], bool]
+) -> list[list[Use]]:
+    """For each parameter the nodes behind ``source`` that take it: one walk through the graph.
+
+    Args:
+        source: An output.
+        parameters: Tensors that require gradients.
+        is_layer: Of a node, whether what it has saved may tell samples apart.
+    """
+    walk = _Walk(source, parameters, is_layer)
+    return [list(walk.uses(parameter)) for parameter in parameters]
 
 
-def uses_of(source: Source, parameters: Sequence[Tensor]) -> list[list[Use]]:
-    """For each parameter the nodes behind ``source`` that take it: one walk through the graph."""
-    users: _Users = {}
-    for node in nodes([source]):
-        for position, (taken, number) in enumerate(node.next_functions):
-            if taken is not None:
-                users.setdefault(taken, []).append((number, node, position))
-    found = []
-    for parameter in parameters:
+class _Walk:
+    """The way from parameters up to what is computed from them."""
+
+    def __init__(
+        self, source: Source, parameters: Sequence[Tensor], is_layer: Callable[[Node], bool]
+    ) -> None:
+        self._is_layer = is_layer
+        # Of each node who takes its results: which one, the node, and as which input.
+        self._users: dict[Node, list[tuple[int, Node, int]]] = {}
+        for node in nodes([source]):
+            for position, (taken, number) in enumerate(node.next_functions):
+                if taken is not None:
+                    self._users.setdefault(taken, []).append((number, node, position))
+        self._edges = [get_gradient_edge(parameter) for parameter in parameters]
+        # What is computed from parameters alone.
+        self._own = {edge.node for edge in self._edges}
+        rest = list(self._own)
+        while rest:
+            for _, user, _ in self._users.get(rest.pop(), ()):
+                if user not in self._own and self._is_own(user):
+                    self._own.add(user)
+                    rest.append(user)
+
+    def _is_own(self, node: Node) -> bool:
+        """Whether all that it takes is; a layer may take data that is not in the graph."""
+        taken = [each for each, _ in node.next_functions]
+        return all(each in self._own for each in taken) and not (len(taken) == 1 and self._is_layer(node))
+
+    def uses(self, parameter: Tensor) -> Iterator[Use]:
+        """Of one parameter."""
         edge = get_gradient_edge(parameter)
         spot = torch.empty(parameter.shape, device="meta")
-        found.append(list(_behind_views(users, edge.node, edge.output_nr, spot)))
-    return found
+        return self._behind(edge.node, edge.output_nr, Use(edge.node, 0, spot), set())
 
+    def _behind(self, node: Node, number: int, taken: Use, seen: set[tuple[Node, int]]) -> Iterator[Use]:
+        """What uses a result of a node, of which ``taken`` says what it is; each other base once."""
+        for result, user, position in self._users.get(node, ()):
+            if result != number:
+                continue
+            passed = list(self._passed(user, taken))
+            if not passed:
+                yield taken._replace(node=user, position=position)
+            for following, use in passed:
+                if use.base is taken.base or (user, following) not in seen:
+                    if use.base is not taken.base:
+                        seen.add((user, following))
+                    yield from self._behind(user, following, use, seen)
 
-def _behind_views(users: _Users, node: Node, number: int, spot: Tensor) -> Iterator[Use]:
-    for taken, user, position in users.get(node, ()):
-        if taken != number:
-            continue
+    def _passed(self, user: Node, taken: Use) -> Iterator[tuple[int, Use]]:
+        """The results of a node that are views of what it takes, or computed from parameters alone."""
         view = _VIEWS.get(user.name())
-        results = sorted({result for result, _, _ in users.get(user, ())}) if view else []
-        views = [_seen(view, user, spot, result) for result in results if view]
-        if not views or any(seen is None for seen in views):
-            yield Use(user, position, spot)
-            continue
-        for result, seen in zip(results, views, strict=True):
-            assert seen is not None
-            yield from _behind_views(users, user, result, seen)
+        for result in sorted({number for number, _, _ in self._users.get(user, ())}):
+            seen = None if view is None else _seen(view, user, taken.spot, result)
+            if seen is not None:
+                yield result, taken._replace(spot=seen)
+            elif user in self._own:
+                base = Place.of(user, result)
+                yield result, taken._replace(spot=torch.empty(base.like.shape, device="meta"), base=base)
 
 
 def _seen(view: _View, node: Any, spot: Tensor, result: int) -> Tensor | None:

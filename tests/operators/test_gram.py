@@ -401,9 +401,37 @@ def test_an_output_that_is_a_parameter():
     check((w.view(4), w * 2), [w], "r")
 
 
-def test_weight_normalisation_is_not_known():
-    model = network(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 9))
-    check(model(normal(6, 5)), model.parameters(), why="WeightNorm")
+COMPUTED = {
+    "weight norm": lambda x, w, s: F.linear(x, torch._weight_norm(w, s, 0)),
+    "by hand": lambda x, w, s: F.linear(x, w * (s / w.norm(dim=1, keepdim=True))),
+    "factorised": lambda x, w, s: F.linear(x, s.exp() * w).tanh() @ (s.exp() * w)[:, 1:],
+    "sum of two": lambda x, w, s: x @ (w + s @ w[:1]),
+    "low rank": lambda x, w, s: (x @ (s @ w[:1])).tanh() @ w,
+    "of what is computed": lambda x, w, s: x @ (w.exp() + w.exp().cos() * s.square()) + x * w.exp().sum(1),
+    "scale": lambda x, w, s: (x @ w) * s.exp().sum() + s[0],
+    "piece": lambda x, w, s: x @ w.exp()[1:].T + x[:, 1:] * (s.square()[1:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_is_computed_from_parameters_alone(name, route):
+    """Rows are of the parameters, not of what is computed of them."""
+    w, s = nn.Parameter(normal(5, 5)), nn.Parameter(1 + normal(5, 1).square())
+    outputs = COMPUTED[name](normal(6, 5), w, s)
+    found = check((outputs[:, :2], outputs[:3, 2].tanh()), [w, s])
+    assert "rows" in found.forms
+    assert "samples mix" not in found.why
+    assert "not known" not in found.why
+
+
+def test_a_node_that_is_not_known():
+    """With samples in it: the parameter has its rows by backward passes, and others have not."""
+    layer, readout = nn.Bilinear(5, 5, 4).to(zoo.DOUBLE), network(nn.Linear(4, 9))
+    x = normal(6, 5)
+    z = readout(layer(x, x).tanh())
+    check(
+        z, [*layer.parameters(), *readout.parameters()], why="TrilinearBackward0 is not known (parameters 0)"
+    )
 
 
 def test_a_hook_that_changes_a_gradient_is_seen():
