@@ -56,24 +56,31 @@ class _Walk:
         self._is_layer = is_layer
         # Of each node who takes its results: which one, the node, and as which input.
         self._users: dict[Node, list[tuple[int, Node, int]]] = {}
-        for node in nodes([source]):
+        behind = nodes([source])
+        for node in behind:
             for position, (taken, number) in enumerate(node.next_functions):
                 if taken is not None:
                     self._users.setdefault(taken, []).append((number, node, position))
-        self._edges = [get_gradient_edge(parameter) for parameter in parameters]
-        # What is computed from parameters alone.
-        self._own = {edge.node for edge in self._edges}
+        # What is computed from parameters alone; where that is the output, samples are among them.
+        parts = {get_gradient_edge(parameter).node for parameter in parameters}
+        self._own = set(parts)
         rest = list(self._own)
         while rest:
             for _, user, _ in self._users.get(rest.pop(), ()):
                 if user not in self._own and self._is_own(user):
                     self._own.add(user)
                     rest.append(user)
+        if behind and behind[0] in self._own:
+            self._own = parts
 
     def _is_own(self, node: Node) -> bool:
-        """Whether all that it takes is; a layer may take data that is not in the graph."""
+        """Whether all that it takes is; indices, masks and inputs of layers may be data outside the graph."""
         taken = [each for each, _ in node.next_functions]
-        return all(each in self._own for each in taken) and not (len(taken) == 1 and self._is_layer(node))
+        if not all(each in self._own for each in taken) or (len(taken) == 1 and self._is_layer(node)):
+            return False
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        tensors = [x for each in saved for x in (each if isinstance(each, tuple) else (each,))]
+        return all(x.is_floating_point() for x in tensors if isinstance(x, Tensor))
 
     def uses(self, parameter: Tensor) -> Iterator[Use]:
         """Of one parameter."""

@@ -424,6 +424,24 @@ def test_what_is_computed_from_parameters_alone(name, route):
     assert "not known" not in found.why
 
 
+LOOKED_UP = {
+    "bag": lambda table: F.embedding_bag(torch.randint(9, (6, 3)), table),
+    "indexed": lambda table: table[torch.randint(9, (6,))],
+    "selected": lambda table: table.index_select(0, torch.randint(9, (6,))),
+    "one for each sample": lambda table: table[:6],
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_layers_of_what_is_looked_up_in_a_parameter(name):
+    """Samples among the parameters, or in indices: the layers behind are not taken for parameters."""
+    table, model = (
+        nn.Parameter(normal(9, 5)),
+        network(nn.Tanh(), nn.Linear(5, 30), nn.Tanh(), nn.Linear(30, 4)),
+    )
+    check(model(LOOKED_UP[name](table)), [table, *model.parameters()], "rgggg")
+
+
 def test_a_node_that_is_not_known():
     """With samples in it: the parameter has its rows by backward passes, and others have not."""
     layer, readout = nn.Bilinear(5, 5, 4).to(zoo.DOUBLE), network(nn.Linear(4, 9))
