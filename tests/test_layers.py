@@ -40,6 +40,7 @@ ORDER = [
     "secondorder.operators.pieces",
     "secondorder.operators.gram",
     "secondorder.operators.curvature",
+    "secondorder.operators.output_blocks",
     "secondorder.operators.fisher",
     "secondorder.data",
     "secondorder.data.batches",

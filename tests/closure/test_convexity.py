@@ -15,8 +15,9 @@ from torch.nn.utils import parameters_to_vector
 
 import optim
 from optim.closure.evaluate import ClosureEvaluator
-from optim.closure.semidefinite import Blocks, is_semidefinite
+from optim.closure.semidefinite import is_semidefinite
 from secondorder import GaussNewton
+from secondorder.operators.output_blocks import Blocks
 from secondorder.vectors.flat import flatten
 
 TOLERANCE = dict(rtol=1e-12, atol=1e-12)
