@@ -196,6 +196,7 @@ class GaussNewton(ThroughOutputs):
     Attributes:
         jacobian: ``J`` of all outputs, an operator of shape (outputs, parameters).
         kernel: ``J J^T``, shape (outputs, outputs).
+        output_gradients: Gradients of the weighted losses with respect to the outputs, one for each tensor.
         parameters: As given.
 
     Raises:
@@ -327,14 +328,26 @@ class GaussNewton(ThroughOutputs):
         outputs: list[Source] = []
         # For each block: how it multiplies, and which of all outputs are its own.
         self._middles: list[tuple[_Middle, slice]] = []
+        self.output_gradients: list[Tensor] = []
         for block in blocks:
-            curved, own = _curved(block)
+            curved, gradients, own = _curved(block)
             start = len(outputs)
             outputs += own
+            self.output_gradients += [gradient.detach() for gradient in gradients]
             self._middles.append((Pass(*curved), slice(start, len(outputs))))
         self._is_zero = not outputs
         every = outputs or [output for block in blocks for output in block.outputs]
         self.jacobian = Jacobian(every, self.parameters, keep_graph=keep_graph, batched=batched)
+
+    def output_hessians(self) -> list[tuple[Tensor, Source]]:
+        """Whose derivative with respect to what is the weighted Hessian of each loss.
+
+        Empty where a loss is of several tensors of outputs, or has none with curvature.
+        """
+        passes = [multiply for multiply, _ in self._middles if isinstance(multiply, Pass)]
+        if self._is_zero or not all(len(one.outputs) == 1 for one in passes):
+            return []
+        return [(one.outputs[0], one.inputs[0]) for one in passes]
 
     def _middle(self, parts: list[Tensor], batched: bool) -> list[Tensor]:
         if self._is_zero:
@@ -353,12 +366,12 @@ def _by_closed_form(product: output_hessians.Product) -> _Middle:
     return lambda parts, _: [product(parts[0])]
 
 
-def _curved(block: Block | GradientBlock) -> tuple[HessianGraph, list[Source]]:
-    """The graph of a loss's Hessian, and its outputs; those that the loss is linear in are left out."""
+def _curved(block: Block | GradientBlock) -> tuple[HessianGraph, list[Tensor], list[Source]]:
+    """The graph of a loss's Hessian, its gradients and outputs, without those that the loss is linear in."""
     loss, grads = (None, block.gradients) if isinstance(block, GradientBlock) else _differentiated(block)
     pairs = [(g, z) for g, z in zip(grads, block.outputs, strict=True) if g is not None and g.requires_grad]
-    outputs = [z for _, z in pairs]
-    return HessianGraph.of(loss, tuple(g for g, _ in pairs), tuple(outputs)), outputs
+    gradients, outputs = [g for g, _ in pairs], [z for _, z in pairs]
+    return HessianGraph.of(loss, tuple(gradients), tuple(outputs)), gradients, outputs
 
 
 def _differentiated(block: Block) -> tuple[Tensor, MaybeTensors]:

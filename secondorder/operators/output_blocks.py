@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff.backward import pull, pull_rows
-from secondorder.autodiff.graph import Place
+from secondorder.autodiff.graph import Source, like
 
 # Rows of a block, and entries of all blocks, up to which they are formed: a factorization of a few 1e9
 # operations at most.
@@ -46,7 +46,7 @@ class OutputHessian:
 
     Args:
         gradient: With respect to the outputs, in their graph.
-        outputs: Their place there.
+        outputs: These, or their place there.
 
     Attributes:
         gradient: As given.
@@ -55,11 +55,11 @@ class OutputHessian:
         MissingDerivativeError: an operation has no second derivative.
     """
 
-    def __init__(self, gradient: Tensor, outputs: Place) -> None:
-        self.gradient, self._outputs = gradient, outputs
+    def __init__(self, gradient: Tensor, outputs: Source) -> None:
+        self.gradient, self._outputs, self._like = gradient, outputs, like(outputs)
         self._eps = torch.finfo(gradient.dtype).eps
         generator = torch.Generator("cpu").manual_seed(0)
-        probe = torch.randn(outputs.like.shape, generator=generator, device="cpu").to(outputs.like)
+        probe = torch.randn(self._like.shape, generator=generator, device="cpu").to(self._like)
         self._probe = probe, self._times(probe)
 
     def _times(self, v: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class OutputHessian:
         """
         probe, product = self._probe
         bound = PROBE * self._eps * float(product.norm())
-        for dims in _dims(self._outputs.like.shape):
+        for dims in _dims(self._like.shape):
             blocks = self._formed(dims)
             error = (blocks.matrices @ blocks.rows(probe).unsqueeze(2)).squeeze(2) - blocks.rows(product)
             # Not so with NaN.
@@ -87,7 +87,7 @@ class OutputHessian:
 
     def _formed(self, dims: tuple[int, ...]) -> Blocks:
         """The blocks if there is nothing else: one column of all at once."""
-        shape = self._outputs.like.shape
+        shape = self._like.shape
         k = math.prod(shape[dim] for dim in dims)
         eye = torch.eye(k, dtype=self.gradient.dtype, device=self.gradient.device)
         basis = eye.view(k, *(shape[dim] if dim in dims else 1 for dim in range(len(shape)))).expand(

@@ -153,8 +153,8 @@ class Jacobian(LinearOperator):
         self._is_real_linear = first.dtype.is_complex
         self._backward = Pass(self._sources, self.parameters)
         self._kept = self.forward if keep_graph else None
-        # As under autocast; flat vectors are of the parameters' dtype alone.
-        self._is_mixed = any(output.dtype != first.dtype for output in self.outputs)
+        # Outputs of another dtype, as under autocast; flat vectors are of the parameters' alone.
+        self.is_mixed = any(output.dtype != first.dtype for output in self.outputs)
 
     @classmethod
     def of(
@@ -194,7 +194,7 @@ class Jacobian(LinearOperator):
 
     def backward(self, parts: Sequence[Tensor], batched: bool) -> list[Tensor]:
         """``J^T u`` in parts, shaped like the parameters."""
-        if self._is_mixed:
+        if self.is_mixed:
             parts = [part.to(output.dtype) for part, output in zip(parts, self.outputs, strict=True)]
         return self._backward(parts, batched)
 

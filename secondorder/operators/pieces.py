@@ -297,21 +297,26 @@ class Total:
 
     def _add_scattered(self, pieces: Sequence[Piece], parameter: Tensor, weight: float) -> None:
         """The rows of pieces that have different entries, an order of their own, or another base."""
-        groups: dict[Any, list[Piece]] = {}
-        for piece in pieces:
-            groups.setdefault(piece.base and piece.base.edge, []).append(piece)
         m, entries = len(self.matrix), parameter.numel()
-        most = max([0, *[some[0].base.like.numel() for some in groups.values() if some[0].base]])
+        most = max([0, *[piece.base.like.numel() for piece in pieces if piece.base]])
         self.require(2 * m * (entries + most), f"the {m} x {entries} Jacobian of one parameter")
         rows = self.matrix.new_zeros(m, entries)
-        for some in groups.values():
-            base = some[0].base
-            target = rows if base is None else rows.new_zeros(m, base.like.numel())
-            for piece in some:
-                scatter(target[piece.rows], piece.spot).add_(piece.dense())
-            if base is not None:
-                rows += pulled_back(base, parameter, target)
+        add_pieces(rows, pieces, parameter)
         self.add_rows(rows, weight)
+
+
+def add_pieces(rows: Tensor, pieces: Sequence[Piece], parameter: Tensor) -> None:
+    """Add the pieces of a parameter to its rows, shape (m, entries)."""
+    groups: dict[Any, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.base and piece.base.edge, []).append(piece)
+    for some in groups.values():
+        base = some[0].base
+        target = rows if base is None else rows.new_zeros(len(rows), base.like.numel())
+        for piece in some:
+            scatter(target[piece.rows], piece.spot).add_(piece.dense())
+        if base is not None:
+            rows += pulled_back(base, parameter, target)
 
 
 def pulled_back(base: Place, parameter: Tensor, rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Other operations on parameters alone, as of a normalised weight, make a tensor t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,15 @@ class Use(NamedTuple):
     position: int
     spot: Tensor
     base: Place | None = None
+
+    @property
+    def multiplications(self) -> float:
+        """Of a product of what it takes with what else the node does, about."""
+        result, own = tuple(self.node._input_metadata[0].shape), self.spot.shape
+        # The dimension that result and parameter share.
+        is_last = bool(result) and bool(own) and result[-1] == own[-1]
+        shared = own[-1] if is_last else own[0] if own else 1
+        return math.prod(result) * self.spot.numel() / max(1, shared)
 
 
 def uses_of(
