@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.closure.edges import Edge, edge_of, reached
-from optim.closure.losses import RecordedLoss
+from optim.closure.losses import SQUARES, RecordedLoss
 from secondorder import Block
 from secondorder.operators.curvature import GradientBlock
 
@@ -30,6 +30,7 @@ class Coverage(NamedTuple):
         losses: Names of the losses that cover it.
         has_states: Whether the last block is of hidden states, and no part of the objective.
         prove: Looks further where the losses do not cover the objective, and for these terms.
+        squares: Where all blocks are sums of squares, the calls that made them (``RecordedLoss.call``).
     """
 
     blocks: tuple[Block | GradientBlock, ...]
@@ -39,6 +40,12 @@ class Coverage(NamedTuple):
     losses: tuple[str, ...] = ()
     has_states: bool = False
     prove: Callable[[], Coverage] | None = None
+    squares: tuple[int, ...] = ()
+
+    def is_of(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether the blocks have these outputs, in this order."""
+        own = [output for block in self.blocks for output in block.outputs]
+        return len(own) == len(outputs) and all(a is b for a, b in zip(own, outputs, strict=True))
 
     def proved(self) -> Coverage:
         """What covers the whole objective, if that can be proved on the graph; else this."""
@@ -67,7 +74,9 @@ def cover(
     if reason := _gap(roots, used, parameters, is_positive):
         return Coverage((), reason)
     names = tuple(dict.fromkeys(recorded.name for recorded, _ in used))
-    return Coverage(tuple(Block(r.loss, (r.outputs,), w) for r, w in used), ", ".join(names), losses=names)
+    squares = tuple(recorded.call for recorded, _ in used) if set(names) <= SQUARES else ()
+    blocks = tuple(Block(r.loss, (r.outputs,), w) for r, w in used)
+    return Coverage(blocks, ", ".join(names), losses=names, squares=squares)
 
 
 def _used(

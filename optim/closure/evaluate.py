@@ -18,7 +18,7 @@ from optim.closure import gradients
 from optim.closure.accumulation import Accumulation
 from optim.closure.coverage import Coverage
 from optim.closure.edges import Behind, leaves_by_nodes_of
-from optim.closure.losses import RecordedLoss
+from optim.closure.losses import LossLog, RecordedLoss
 from optim.closure.modes import Again, Record, Value, Weighted
 from optim.closure.proof import cover, explicit
 from optim.closure.returned import finite, number, root_of, split
@@ -145,10 +145,10 @@ class ClosureEvaluator:
         is_loss = mode.is_plain and len(tensors) == 1 and tensors[0] is asked.loss
         weights = [weight if factor == 1 else factor * weight for _, weight in asked.roots]
         objective = _weighted_sum(tensors, weights)
+        coverage = cover(mode.log.losses, tensors, weights, self._parameters, is_loss and factor > 0)
         if asked.outputs:
-            coverage = explicit(objective, asked.outputs, self._parameters)
-        else:
-            coverage = cover(mode.log.losses, tensors, weights, self._parameters, is_loss and factor > 0)
+            squares = coverage.squares if coverage.is_of(asked.outputs) else ()
+            coverage = explicit(objective, asked.outputs, self._parameters)._replace(squares=squares)
         if self._sign < 0:
             gradient = -gradient
         loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
@@ -173,10 +173,27 @@ class ClosureEvaluator:
 
     def value(self) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors."""
+        return self._sign * number(self._again(None))
+
+    def outputs(self, calls: Sequence[int]) -> list[Tensor] | None:
+        """What the losses that certain calls made are of, at the present parameters.
+
+        Args:
+            calls: As ``RecordedLoss.call``.
+
+        Returns:
+            None where this run did not call the same.
+        """
+        log = LossLog(in_graph=False)
+        self._again(log)
+        found = {recorded.call: recorded.outputs.detach() for recorded in log.losses}
+        return [found[call] for call in calls] if found.keys() >= set(calls) else None
+
+    def _again(self, log: LossLog | None) -> Any:
         differentiates = self._differentiates
         with self._runs.without_trace(self._leaves) as (guard, grads):
-            mode = Value(guard, grads, differentiates, self._runs.random)
-            return self._sign * number(self._runs.again(mode, gradients=differentiates))
+            mode = Value(guard, grads, differentiates, self._runs.random, log)
+            return self._runs.again(mode, gradients=differentiates)
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""

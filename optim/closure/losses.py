@@ -71,6 +71,9 @@ _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, torch.dot, Tensor.dot, torch
 _VECTOR_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 
+# Sums of squares of what they are of, shifted by a constant.
+SQUARES = {"mse_loss", "squares"}
+
 # Each subtracts a logit from what is near the largest: also where the difference is 1e-15, it rounds at their
 # size. With each, whether a dimension of its outputs holds classes.
 CROSS_ENTROPIES = {
@@ -98,6 +101,7 @@ class RecordedLoss(NamedTuple):
             loss only where the objective is linear in it, with weights of its sign.
         is_sum: Of what the mean is taken otherwise, where it is a number.
         factors: Weights of classes or samples.
+        call: Which of the calls that a log looks at it was.
     """
 
     name: str
@@ -108,13 +112,19 @@ class RecordedLoss(NamedTuple):
     is_elementary: bool = False
     is_sum: bool = False
     factors: tuple[Tensor, ...] = ()
+    call: int = 0
 
 
 class LossLog:
-    """Collects the known losses of one run of a closure."""
+    """Collects the known losses of one run of a closure.
 
-    def __init__(self) -> None:
+    Args:
+        in_graph: Only those that have one.
+    """
+
+    def __init__(self, in_graph: bool = True) -> None:
         self.losses: list[RecordedLoss] = []
+        self._in_graph, self._calls = in_graph, 0
         # Functions that make one loss with what follows: their names, results and arguments. Keyed by id; the
         # value keeps the result alive, so that its id stays its own.
         self._inner: dict[int, tuple[str, Tensor, Tensor]] = {}
@@ -123,9 +133,12 @@ class LossLog:
         """Note a call if it is one that matters; returns what the closure should see as its result."""
         if func not in _NOTED:
             return result
+        self._calls += 1
         tensors = args[1:] if func is torch.einsum else args
         argument = tensors[0] if tensors else kwargs.get("input")
-        if not (isinstance(result, Tensor) and result.requires_grad and isinstance(argument, Tensor)):
+        if not (isinstance(result, Tensor) and isinstance(argument, Tensor)):
+            return result
+        if self._in_graph and not result.requires_grad:
             return result
         inner = "norm" if func in _NORMS and _is_euclidean(args, kwargs) else _SQUASHING.get(func)
         if inner:
@@ -144,7 +157,8 @@ class LossLog:
     def _see_elementary(self, name: str, sign: int, argument: Tensor, result: Tensor) -> Tensor:
         if name == "squares":
             argument = self._argument_of("norm", argument, argument)
-        self.losses.append(RecordedLoss(name, result, argument, argument._version, sign, True))
+        version = argument._version
+        self.losses.append(RecordedLoss(name, result, argument, version, sign, True, call=self._calls))
         # A number may be added to in place, which must not change what was noted.
         return result if result.ndim else result.clone()
 
@@ -163,6 +177,7 @@ class LossLog:
                 *(name, result, outputs, outputs._version),
                 is_sum=arguments.get("reduction") == "sum",
                 factors=tuple(arguments[key] for key in _WEIGHTS if isinstance(arguments.get(key), Tensor)),
+                call=self._calls,
             )
         )
         # A copy, so that `loss += penalty` in the closure does not change what was noted.

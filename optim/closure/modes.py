@@ -192,6 +192,7 @@ class Value(TorchFunctionMode):
         gradients: What ``.grad`` holds after a backward that was swallowed.
         differentiates: The closure differentiates itself: gradients stay as it wants them.
         random: Notes the generators that are used.
+        log: Takes the known losses; None where nobody asks for them.
     """
 
     def __init__(
@@ -200,8 +201,10 @@ class Value(TorchFunctionMode):
         gradients: Grads,
         differentiates: bool,
         random: RandomState,
+        log: LossLog | None = None,
     ) -> None:
         super().__init__()
+        self._log = log
         self._guard = guard
         self._gradients = gradients
         self._differentiates = differentiates
@@ -216,7 +219,8 @@ class Value(TorchFunctionMode):
         if func is torch._C._set_grad_enabled and not self._differentiates:
             return None
         self._random.watch(kwargs.get("generator"))
-        return self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs)
+        result = self._guard.call(WITHOUT_SECOND_DERIVATIVE.get(func, func), args, kwargs)
+        return result if self._log is None else self._log.see(func, args, kwargs, result)
 
     def _fill_grads(self) -> None:
         """The recorded gradient, for a closure that reads or clips it; a copy that it may write to."""

@@ -35,6 +35,51 @@ class QuadraticModel(NamedTuple):
     form: Form | None = None
 
 
+class Rows(Protocol):
+    """A Jacobian of residuals, ``A`` of shape (m, n).
+
+    Attributes:
+        shape: ``(m, n)``.
+        passes: Backward passes that make it, or its Gram matrix.
+    """
+
+    shape: tuple[int, int]
+    passes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for it."""
+
+    def dense(self) -> Tensor:
+        """The matrix."""
+
+    def gram(self) -> Tensor:
+        """``A A^T``, shape (m, m)."""
+
+    def __matmul__(self, v: Tensor, /) -> Tensor:
+        """``A v``."""
+
+    @property
+    def T(self) -> Any:  # noqa: N802 - as a tensor's
+        """The transpose, for ``A.T @ u``."""
+
+
+class Residuals(NamedTuple):
+    """A model by residuals: its curvature is ``A^T A + shift I``, its gradient ``-(A^T target + rest)``.
+
+    Attributes:
+        rows: ``A``, shape (m, n).
+        target: Shape (m,); for a sum of squares minus the residuals.
+        rest: Shape (n,); None for none.
+        shift: As of weight decay.
+    """
+
+    rows: Rows
+    target: Tensor
+    rest: Tensor | None
+    shift: float
+
+
 class Trial(NamedTuple):
     """A step that was tried.
 

@@ -6,6 +6,8 @@ import math
 import time
 from typing import NamedTuple
 
+from optim.methods.forms import PASS_COST
+from optim.methods.residual import Residual
 from optim.optimizers.problem import ClosureProblem
 from optim.optimizers.report import UNUSED, Seconds, StepReport
 from optim.optimizers.stepping import Result
@@ -66,7 +68,7 @@ def reported(
         form="" if result.form is None else f"{result.form.name} ({result.form.why})",
         noisy=result.is_noisy,
         gradient_equivalents=RECORD_COST
-        + products * cost.product
+        + products * cost.product * (PASS_COST if isinstance(space, Residual) else 1.0)
         + FORWARD_COST * (cost.evaluations + spent.evaluations)
         + spent.gradients,
         seconds=clock.parts(0.0 if space is None else space.seconds, spent.seconds),

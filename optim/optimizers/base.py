@@ -7,6 +7,7 @@ allowed (``_check_options``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from optim.optimizers.checks import Notices
 from optim.optimizers.curvature import PRODUCT_COST, Curvature
 from optim.optimizers.decay import WeightDecay
 from optim.optimizers.groups import Groups, joint, moving
-from optim.optimizers.kept import VALUES, Kept
+from optim.optimizers.kept import VALUES, Kept, column_scale
 from optim.optimizers.problem import ClosureProblem
 from optim.optimizers.report import History, StepReport
 from optim.optimizers.stepping import Method, find_step, make_state
@@ -199,7 +200,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 curvature = self._curvature(evaluation)
             operator, form = curvature.operator, curvature.form
-            problem = ClosureProblem(evaluator, evaluation, operator, self.param_groups, form)
+            scale = None
+            if self.param_groups[0].get("scaling") == "more":
+                scale = functools.partial(column_scale, state, self.param_groups[0]["scale_steps"])
+            problem = ClosureProblem(evaluator, evaluation, operator, self.param_groups, form, scale)
             clock.recorded()
             method = self._method()
             result = find_step(problem, self.param_groups, method, state, not evaluation.partial)

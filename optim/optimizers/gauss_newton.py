@@ -13,6 +13,7 @@ from optim.methods.control import Nielsen, marquardt
 from optim.methods.options import (
     check_choice,
     check_count,
+    check_fraction,
     check_optional,
     check_positive,
     check_shared,
@@ -31,6 +32,7 @@ SOLVERS = ("auto", "subspace", "direct", "cg")
 # Relative residuals that leave little to gain: of a space, as measured, and of CG.
 RTOL, CG_RTOL = 0.03, 1e-2
 RULES = ("marquardt", "nielsen")
+SCALINGS = ("identity", "more")
 
 
 class GaussNewton(SecondOrderOptimizer):
@@ -115,6 +117,9 @@ class GaussNewton(SecondOrderOptimizer):
         rtol: float | None = None,
         gain: float = 0.3,
         max_iter: int = 250,
+        acceleration: bool = True,
+        scaling: str = "identity",
+        spring: float = 0.0,
         max_trials: int = 10,
         max_extension: float = 16.0,
         strict: bool = False,
@@ -128,7 +133,8 @@ class GaussNewton(SecondOrderOptimizer):
     ) -> None:
         options = given(locals())
         refuse(type(self), unsupported)
-        super().__init__(params, {**options, "damping_growth": 2.0})
+        learned = {"damping_growth": 2.0, "residual_cost": None, "scale_steps": 0}
+        super().__init__(params, {**options, **learned})
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
@@ -138,6 +144,8 @@ class GaussNewton(SecondOrderOptimizer):
         check_count(options, "direct_limit")
         check_choice(options, "rule", RULES)
         check_choice(options, "solver", SOLVERS)
+        check_choice(options, "scaling", SCALINGS)
+        check_fraction(options, "spring")
 
     def _curvature(self, evaluation: Evaluation) -> Curvature:
         strict = self.param_groups[0]["strict"]
@@ -147,4 +155,4 @@ class GaussNewton(SecondOrderOptimizer):
         group = self.param_groups[0]
         rule = Nielsen(group["damping_growth"]) if group["rule"] == "nielsen" else marquardt
         solver = conjugate_gradients(group["rtol"] or CG_RTOL, group["max_iter"])
-        return Method("damping", DAMPED, rule, solver, RTOL)
+        return Method("damping", DAMPED, rule, solver, RTOL, by_residuals=True)

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from optim.methods.grown import Grown, Ritz
-from optim.methods.problem import Trial
+from optim.methods.scale import more_scale
 from optim.methods.subspace import Subspace
 from optim.methods.truncated import Sketch, Truncated
 from secondorder.solvers import NystromPreconditioner
 from secondorder.vectors.flat import flatten, flatten_rows, is_finite, unflatten, unflatten_rows
 
 # Of state: Ritz vectors of the last space, and of a sketch, shape (k, *p.shape); the last solution of CG; the
-# last step, where batches differ.
+# last step, where batches differ; the last step, of which a part is taken again; the scale of the variables.
 VECTORS, SKETCH, SOLUTION, STEP = "ritz_vectors", "sketch_vectors", "cg_solution", "last_step"
+LAST, SCALE = "last_solution", "column_scale"
 # Of groups: the values of the vectors, one number more (curvature that is assumed across Ritz vectors; steps
 # that a sketch served), and the length of the vectors.
 VALUES, SKETCH_VALUES = "ritz_values", "sketch_values"
@@ -83,15 +84,15 @@ class Kept:
             self._keep(SKETCH, unflatten_rows(vectors, self._parameters))
             self.learn(**{SKETCH_VALUES: (*values, sketch.age + 1, vectors.shape[1])})
 
-    def keep_step(self, trial: Trial | None, is_wanted: bool) -> None:
-        """Keep the step, to try it on other samples, or forget the last one."""
+    def keep(self, name: str, vector: Tensor | None, is_wanted: bool = True) -> None:
+        """Keep a vector, or zero for None; or forget the last one."""
         if not is_wanted:
             for parameter in self._parameters:
-                self._state.get(parameter, {}).pop(STEP, None)
-        elif trial is None:
-            self._keep(STEP, [_single(torch.zeros_like(p)) for p in self._parameters])
+                self._state.get(parameter, {}).pop(name, None)
+        elif vector is None:
+            self._keep(name, [_single(torch.zeros_like(p)) for p in self._parameters])
         else:
-            self._keep(STEP, unflatten(trial.step, self._parameters))
+            self._keep(name, unflatten(vector, self._parameters))
 
     def make(self, *names: str) -> None:
         """Fill ``state`` as a first step does: distributed checkpoints take one on zero gradients for it."""
@@ -121,6 +122,23 @@ class Kept:
         # Not state[p], which would make an entry. As the parameters are now: a model may be cast.
         found = [(p, self._state.get(p, {}).get(name)) for p in self._parameters]
         return [part if part is None else part.to(p.device, _single_of(p)) for p, part in found]
+
+
+def column_scale(state: Kept, steps: int, columns: Tensor | None) -> Tensor:
+    """The scale of the variables, kept, from the norms of the columns of their residuals' Jacobian.
+
+    Raises:
+        RuntimeError: there is no Jacobian.
+    """
+    if columns is None:
+        raise RuntimeError(
+            'scaling="more" needs the residuals of a loss that is a sum over outputs, as mse_loss; this'
+            ' closure shows none. Use scaling="identity".'
+        )
+    scale = more_scale(columns, state.vector(SCALE), steps)
+    state.keep(SCALE, scale)
+    state.learn(scale_steps=steps + 1)
+    return scale
 
 
 def _single_of(tensor: Tensor) -> torch.dtype:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +16,10 @@ from optim.methods import control
 from optim.methods.problem import Form, QuadraticModel, Trial, norm
 from optim.optimizers.decay import WeightDecay
 from optim.optimizers.groups import Groups
+from optim.optimizers.meter import Meter
+from optim.optimizers.residuals import ClosureResiduals
 from optim.optimizers.scaling import Scaling
 from secondorder import LinearOperator
-
-
-class Spent(NamedTuple):
-    """Evaluations and gradients in a step, beside those that are recorded, and their seconds."""
-
-    evaluations: int = 0
-    gradients: int = 0
-    seconds: float = 0.0
 
 
 class ClosureProblem:
@@ -39,9 +31,12 @@ class ClosureProblem:
         curvature: Of the loss, on flat vectors.
         groups: Of the optimizer.
         form: As of a ``QuadraticModel``, of the loss alone.
+        scale: Makes the scale of each variable from the norms of its residuals' columns; None for no such
+            scale.
 
     Attributes:
         spent: On trials, so far.
+        residuals: The same model by residuals, where it has that form.
     """
 
     def __init__(
@@ -51,27 +46,31 @@ class ClosureProblem:
         curvature: LinearOperator,
         groups: Groups,
         form: Form | None = None,
+        scale: Callable[[Tensor | None], Tensor] | None = None,
     ) -> None:
         self._evaluator, self._evaluation = evaluator, evaluation
         self._decay = WeightDecay.of(groups)
         self._eps = torch.finfo(self._decay.parameters[0].dtype).eps
         gradient, value = evaluation.gradient, evaluation.value
-        if curvature.dtype != gradient.dtype:
-            curvature = curvature.to(gradient.dtype)
+        whole = curvature if curvature.dtype == gradient.dtype else curvature.to(gradient.dtype)
         if self._decay:
-            curvature = curvature + self._decay.diagonal(gradient)
+            whole = whole + self._decay.diagonal(gradient)
             gradient, value = gradient + self._decay.gradient(gradient), value + self._decay.value()
-        self._scaling = Scaling.of(groups, gradient)
+        self.spent = Meter()
+        memory = groups[0]["memory"]
+        self.residuals = ClosureResiduals(evaluator, evaluation, curvature, self._decay, self.spent, memory)
+        scaling = Scaling.of(groups, gradient)
+        if scale is not None:
+            scaling = scaling.divided(scale(self.residuals.columns()))
+        self._scaling = self.residuals.scaling = scaling
         is_changed = bool(self._decay) or not self._scaling.is_plain
         plain, gradient = gradient, self._scaling.times(gradient)
         size = norm(gradient) if is_changed else evaluation.norm
         self._slope = size if self._scaling.is_plain else norm(plain)
-        curvature = self._scaling.conjugated(curvature)
-
+        curvature = self._scaling.conjugated(whole)
         judged = None if form is None else _with_decay(form, self._decay, self._scaling)
         self._model = QuadraticModel(value, gradient, curvature, size, judged)
         self._rounding: float | None = None
-        self.spent = Spent()
 
     def model(self) -> QuadraticModel:
         """As a function of ``q``."""
@@ -79,10 +78,8 @@ class ClosureProblem:
 
     def evaluate(self, step: Tensor) -> Trial:
         """The objective after the step."""
-        start = time.perf_counter()
-        with trial(self._decay.parameters, self._scaling.times(step)):
+        with self.spent.evaluation(), trial(self._decay.parameters, self._scaling.times(step)):
             value = self._evaluator.value() + self._decay.value()
-        self._spend(start, evaluations=1)
         return Trial(step, value if math.isfinite(value) else math.nan)
 
     def decrease(self, trial: Trial) -> float:
@@ -101,12 +98,11 @@ class ClosureProblem:
 
     def gradient(self, tried: Trial) -> Tensor:
         """After the step, by another run of the closure."""
-        start, step = time.perf_counter(), self._scaling.times(tried.step)
-        with trial(self._decay.parameters, step):
+        step = self._scaling.times(tried.step)
+        with self.spent.gradient(), trial(self._decay.parameters, step):
             gradient = self._evaluator.gradient()
             if self._decay:
                 gradient = gradient + self._decay.gradient(step)
-        self._spend(start, gradients=1)
         return self._scaling.times(gradient)
 
     def move(self, trial: Trial | None, then: Callable[[], None] = lambda: None) -> None:
@@ -130,11 +126,6 @@ class ClosureProblem:
         """How many outputs the loss is of; 0 where no known loss was called."""
         blocks = self._evaluation.coverage.blocks
         return sum(output.numel() for block in blocks for output in getattr(block, "outputs", ()))
-
-    def _spend(self, start: float, evaluations: int = 0, gradients: int = 0) -> None:
-        old = self.spent
-        seconds = old.seconds + time.perf_counter() - start
-        self.spent = Spent(old.evaluations + evaluations, old.gradients + gradients, seconds)
 
 
 def _with_decay(form: Form, decay: WeightDecay, scaling: Scaling) -> Form:

@@ -21,7 +21,7 @@ class Seconds(NamedTuple):
 
     Attributes:
         record: The closure, and the set-up of its curvature.
-        products: With the curvature.
+        products: With the curvature; in the space of residuals backward passes, of half a product each.
         trials: Evaluations of the loss.
         algebra: All else.
     """
@@ -63,9 +63,9 @@ class StepReport(NamedTuple):
             "noise_floor" where loss and gradients show no decrease that rounding would not hide.
         iterations: Dimension of the space in which the step was found, or iterations of CG in all trials.
         trials: Dampings, radii or weights that were tried.
-        products: With the curvature.
+        products: With the curvature; in the space of residuals backward passes, of half a product each.
         curvature: Which curvature was used, and why.
-        form: "grown", "formed" or "cg", and why.
+        form: "grown", "residual", "formed" or "cg", and why.
         noisy: Whether samples change from step to step: mini-batches, dropout.
         gradient_equivalents: Cost of the step, in gradients.
         seconds: By part; on a device those of the host, which waits at reads.

@@ -30,6 +30,10 @@ class Scaling(NamedTuple):
         moves = [(1.0 if float(g["lr"]) > 0 else 0.0, p) for g in groups for p in moving([g])]
         return cls(factor * spread([one for one, _ in moves], [p for _, p in moves], like))
 
+    def divided(self, scale: Tensor) -> Scaling:
+        """In units of ``scale``, shape (n,)."""
+        return Scaling(self.factor / scale)
+
     @property
     def is_plain(self) -> bool:
         """Whether it changes nothing."""

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from optim.methods import control, search
+from optim.methods.acceleration import Acceleration
 from optim.methods.batches import GAIN, LEAST_RATIO, MORE, BatchNoise
 from optim.methods.control import Rule
 from optim.methods.formed import Formed
-from optim.methods.forms import Form, choose, usual_cost
+from optim.methods.forms import BENT, Form, choose, usual_cost
 from optim.methods.grown import Grown, Growth
 from optim.methods.problem import QuadraticModel, Trial
+from optim.methods.residual import Residual
 from optim.methods.step import Options, Outcome, Step
 from optim.methods.subspace import Bound, Subspace
 from optim.methods.truncated import Sketch, Solver, Truncated
 from optim.optimizers.groups import Groups, rates
-from optim.optimizers.kept import SKETCH, SOLUTION, STEP, VECTORS, Kept
+from optim.optimizers.kept import LAST, SKETCH, SOLUTION, STEP, VECTORS, Kept
 from optim.optimizers.problem import ClosureProblem
 from secondorder.vectors.flat import is_finite
 
@@ -42,6 +44,7 @@ class Method(NamedTuple):
         rtol: Relative residual at which a space need not grow, where none is asked for.
         keeps_solution: Whether CG starts from its last solution.
         sketch: What preconditions CG; None for nothing.
+        by_residuals: Whether the space may be that of the residuals.
     """
 
     size: str
@@ -51,6 +54,7 @@ class Method(NamedTuple):
     rtol: float
     keeps_solution: bool = False
     sketch: Sketch | None = None
+    by_residuals: bool = False
 
 
 class Result(NamedTuple):
@@ -79,13 +83,14 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
         return Result(Outcome("zero_lr"))
     rate = rates(groups, model.gradient)
     noise = _noise(problem, group, state) if tries else BatchNoise()
-    form = form_of(group, method, model.gradient.numel(), model.gradient.dtype)
-    space = _space(model, method, form, _growth(group, method, form, noise, model.norm), state)
+    form, space = _form_and_space(problem, group, method, noise, state)
     if space.size == 0 and space.is_free:
         return Result(Outcome("non_finite"), space, form)
     start = _start(group, method, model, space, noise)
     if tries:
         options = _options(group, group[method.size] is None, rate, noise)
+        if isinstance(space, Residual):
+            options = _bending(options, problem, group, space)
         outcome = Step(problem, model, space, method.rule, options).take(start)
         if isinstance(rate, Tensor) and outcome.trial is not None:
             outcome = outcome._replace(trial=_with_rates(problem, model, outcome.trial, rate))
@@ -104,7 +109,9 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
         outcome = _untried(space, start, rate)
     state.keep_space(space, method.keeps_solution)
     state.keep_sketch(method.sketch)
-    state.keep_step(outcome.trial, is_wanted=noise.changes > 0)
+    step = None if outcome.trial is None else outcome.trial.step
+    state.keep(STEP, step, is_wanted=noise.changes > 0)
+    state.keep(LAST, step, is_wanted=group.get("spring", 0.0) > 0)
     return Result(outcome, space, form, noise.is_seen)
 
 
@@ -131,6 +138,14 @@ def _options(group: Mapping[str, Any], is_first: bool, lr: float | Tensor, noise
     )
 
 
+def _bending(options: Options, problem: ClosureProblem, group: Mapping[str, Any], space: Residual) -> Options:
+    """With acceleration, which is that of whole steps, in place of multiples of them."""
+    if not group["acceleration"] or options.rate != 1.0 or not problem.residuals.are_squares:
+        return options
+    noise = problem.noise(Trial(problem.model().gradient, math.nan))
+    return options._replace(bend=Acceleration(space, problem.residuals.change, noise), longest=1.0)
+
+
 def _noise(problem: ClosureProblem, group: Mapping[str, Any], state: Kept) -> BatchNoise:
     """Whether these are other samples; where they are, the last step is tried on them: an evaluation."""
     noise = BatchNoise(*(group["batch_noise"] or ()))
@@ -141,18 +156,25 @@ def _noise(problem: ClosureProblem, group: Mapping[str, Any], state: Kept) -> Ba
     return noise.tested(problem.evaluate(-last).value, problem.model().value)
 
 
-def form_of(group: Mapping[str, Any], method: Method, n: int, dtype: torch.dtype) -> Form:
-    """The form of the space for ``n`` parameters, by the options of a group."""
-    return choose(
-        group["solver"],
-        n,
-        dtype,
-        usual=group["usual_products"],
-        memory=group["memory"],
-        max_iter=group["max_iter"],
-        direct_limit=group.get("direct_limit", 0),
-        has_cg=method.truncated is not None,
-    )
+def form_of(
+    group: Mapping[str, Any], method: Method, n: int, dtype: torch.dtype, residual: float = math.inf
+) -> Form:
+    """The form of the space for ``n`` parameters, by the options of a group.
+
+    ``residual``: as of ``forms.choose``.
+    """
+    solver = group["solver"]
+    choices = {
+        "usual": group["usual_products"],
+        "memory": group["memory"],
+        "max_iter": group["max_iter"],
+        "direct_limit": group.get("direct_limit", 0),
+        "residual": residual,
+    }
+    form = choose(solver, n, dtype, **choices)
+    if form.name == "cg" and method.truncated is None:
+        return choose("subspace", n, dtype, **choices)._replace(why=form.why)
+    return form
 
 
 def _growth(
@@ -171,6 +193,47 @@ def _growth(
     last = group["gradient_norm"] if method.size != "damping" and not noise.is_seen else None
     forcing = min(1.0, (gradient_norm / last) ** 2) if last else 1.0
     return Growth(gain, method.rtol * forcing, form.max_size, converges=last is not None)
+
+
+def _form_and_space(
+    problem: ClosureProblem, group: Mapping[str, Any], method: Method, noise: BatchNoise, state: Kept
+) -> tuple[Form, Subspace]:
+    """That of the residuals, if they turn out to be there, else another."""
+    model = problem.model()
+    n, dtype = model.gradient.numel(), model.gradient.dtype
+    if method.by_residuals:
+        needs = [name for name in ("spring", "scaling") if group[name] not in (0.0, "identity")]
+        cost = problem.residuals.cost(group["residual_cost"])
+        state.learn(residual_cost=cost)
+        bends = group["acceleration"] and problem.residuals.are_squares
+        form = form_of(group, method, n, dtype, cost[-1] / (BENT if bends else 1.0))
+        if needs and form.name != "formed":
+            form = form._replace(name="residual", why=f"as {needs[0]} needs it")
+        space = _of_residuals(problem, group, method, state) if form.name == "residual" else None
+        if space is not None:
+            return form, space
+        if needs:
+            raise RuntimeError(
+                f"{needs[0]} needs the residuals of a loss that is a convex function of outputs, as mse_loss,"
+                " with one weight_decay for all parameters; this closure shows none."
+            )
+        if form.name == "residual":
+            state.learn(residual_cost=(*cost[:-1], math.inf))
+    form = form_of(group, method, n, dtype)
+    growth = _growth(group, method, form, noise, model.norm)
+    return form, _space(model, method, form, growth, state)
+
+
+def _of_residuals(
+    problem: ClosureProblem, group: Mapping[str, Any], method: Method, state: Kept
+) -> Residual | None:
+    """Their space; None where they turn out not to be what the model is of."""
+    residuals, last = problem.residuals.model(), state.vector(LAST)
+    if residuals is None:
+        return None
+    before = None if last is None or not group["spring"] else group["spring"] * last
+    space = Residual(problem.model(), residuals, group[method.size], before)
+    return space if space.agrees() else None
 
 
 def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, state: Kept) -> Subspace:

@@ -16,6 +16,7 @@ import optim
 import secondorder
 from optim.methods.formed import Formed
 from optim.methods.grown import Grown
+from optim.methods.residual import Residual
 from optim.methods.truncated import Truncated
 
 OPTIMIZERS = {"newton": optim.Newton, "hessian_free": optim.HessianFree, "gauss_newton": optim.GaussNewton}
@@ -710,7 +711,7 @@ def test_an_interrupt_leaves_everything_as_it_was(make, error, monkeypatch):
     def interrupted(*_):
         raise error("in the solve")
 
-    for form in (Grown, Formed, Truncated):
+    for form in (Grown, Formed, Residual, Truncated):
         monkeypatch.setattr(form, "solve", interrupted)
     with pytest.raises(error, match="in the solve"):
         optimizer.step()

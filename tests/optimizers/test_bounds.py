@@ -102,7 +102,7 @@ def test_where_memory_is_short_a_small_space_is_left(bound):
     n = sum(p.numel() for p in case.model.parameters())
     optimizer = optim.Newton(case.model.parameters(), bound=bound, memory=6.0 * 8 * n * 3)
     report = train(optimizer, case, 4)
-    assert report.form.startswith("grown (by products, memory=")
+    assert report.form.startswith("grown (memory=")
     assert report.iterations <= 3
     assert report.new_loss < report.loss
 

@@ -14,6 +14,7 @@ from torch import nn
 import optim
 from optim.methods.formed import Formed
 from optim.methods.grown import Grown
+from optim.methods.residual import Residual
 from optim.methods.truncated import Truncated
 from optim.optimizers.decay import WeightDecay
 
@@ -377,7 +378,7 @@ def test_an_interrupt_in_a_solve_leaves_everything_as_it_was(make, error, monkey
     def interrupted(*_):
         raise error("in the solve")
 
-    for form in (Grown, Formed, Truncated):
+    for form in (Grown, Formed, Residual, Truncated):
         monkeypatch.setattr(form, "solve", interrupted)
     with pytest.raises(error, match="in the solve"):
         optimizer.step(closure)

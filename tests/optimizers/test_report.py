@@ -94,10 +94,10 @@ def test_two_runs_make_equal_reports(make):
 
 def test_repr_names_form_and_noise(make):
     case = zoo.network("mlp_mse")
-    optimizer = make(case.model.parameters())
+    optimizer = make(case.model.parameters(), solver="subspace")
     train(optimizer, case, 1)
     text = repr(optimizer.report)
-    assert "form='grown (by products)'" in text
+    assert "form='grown (as asked)'" in text
     assert "noisy" not in text
     assert "noisy=True" in repr(optimizer.report._replace(noisy=True))
 
@@ -105,7 +105,7 @@ def test_repr_names_form_and_noise(make):
 def test_products_and_cost_add_up(make):
     """A gradient and its graph, the products, and a third for each further run of the closure."""
     case, calls = zoo.network("mlp_cross_entropy"), []
-    optimizer = make(case.model.parameters())
+    optimizer = make(case.model.parameters(), solver="subspace")
     for _ in range(3):
         calls.clear()
         optimizer.step(lambda: calls.append(1) or case.value())
@@ -127,7 +127,8 @@ def test_short_memory_means_cg_and_is_said(make):
 def test_memory_bounds_the_dimension():
     case = zoo.network("mlp_cross_entropy")
     n = sum(p.numel() for p in case.model.parameters())
-    optimizer = optim.GaussNewton(case.model.parameters(), memory=VECTORS * 8 * n * 9.0, rtol=1e-12)
+    memory = VECTORS * 8 * n * 9.0
+    optimizer = optim.GaussNewton(case.model.parameters(), solver="subspace", memory=memory, rtol=1e-12)
     train(optimizer, case)
     assert optimizer.report.iterations == 9
     assert optimizer.report.status == "max_iter"
@@ -360,7 +361,7 @@ def test_host_reads_of_a_step(make):
     torch.manual_seed(0)
     X, y = torch.randn(60, 4), torch.randint(3, (60,))
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-    optimizer, calls = make(model.parameters()), []
+    optimizer, calls = make(model.parameters(), solver="subspace"), []
 
     def closure():
         calls.append(1)
