@@ -51,13 +51,15 @@ class GaussNewton(SecondOrderOptimizer):
         damping: First damping, loss over parameter squared; adapts, and lives in the group. None takes it
             from the function: a tenth of the curvature along the gradient.
         rule: How damping adapts: "marquardt", by factors of 4, or "nielsen", smoothly.
-        solver: "subspace" grows a space by products, in which another damping costs none; "direct" forms the
-            matrix; "cg" solves each damped system by CG, three vectors. "auto" is "subspace", or "direct" for
-            float64 parameters, up to ``direct_limit``, where their columns cost less than the space has been
-            costing; see ``report.form``.
+        solver: "subspace" grows a space by products, in which another damping costs none; "direct" decomposes
+            the Jacobian of the residuals, or forms the matrix where the loss shows none; "cg" solves each
+            damped system by CG, three vectors. "auto" is "direct" where the residuals are worth less products
+            than the space has been costing, or where the columns of the matrix of a model in float64, up to
+            ``direct_limit``, are; else "subspace". See ``report.form``.
         direct_limit: Largest number of parameters for which "auto" forms the matrix.
-        memory: Bytes that the space may take: six vectors of the parameters' size for each direction. Where
-            that is no room for eight directions "auto" is "cg", and ``report.form`` says so.
+        memory: Bytes that the space may take: six vectors of the parameters' size for each direction, or
+            three times the Jacobian of the residuals, or its Gram matrix. Where that is no room for eight
+            directions "auto" is "cg", and ``report.form`` says so.
         rtol: Relative residual to which a step solves its system. None: a space grows as long as another
             product pays (CG: to 1e-2).
         gain: Another product pays where it gains this part, or more, of what products gained on average. With
@@ -67,6 +69,14 @@ class GaussNewton(SecondOrderOptimizer):
         max_extension: Multiples of the step up to this one are tried, as long as the loss falls, where the
             model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another
             ``lr`` than one, nor in a first step whose damping was given.
+        acceleration: Bend steps in the space of residuals by the second derivative of these, where the loss
+            is a sum of their squares: one evaluation each. Steps of which it would be too large a part are
+            refused.
+        scaling: Of the variables: "identity", or "more", by the largest norm that each column of the Jacobian
+            of the residuals had, for variables of different units, as in fits of curves.
+        spring: Damp steps towards this part of the last one, in place of zero: for fresh, few samples in each
+            step, as the points of a physics-informed network. 0.9 to 0.99 as published. It is in the space of
+            residuals.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -86,11 +96,16 @@ class GaussNewton(SecondOrderOptimizer):
 
     Raises:
         TypeError: an option is unknown or, as ``fused``, not supported.
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or ``scaling`` or ``spring`` do not fit ``solver``.
 
-    Cost: one gradient, 10 to 30 products of 4/3 gradients each, a few evaluations of the loss.
+    Cost: one gradient, 10 to 30 products of 4/3 gradients each, a few evaluations of the loss; in the space
+    of residuals a backward pass for each output of a sample, and the algebra of a matrix of as many rows as
+    there are residuals, or parameters.
 
     Reference: Marquardt (1963); Nielsen (1999), Damping parameter in Marquardt's method; Schraudolph (2002).
+    In the space of residuals: Transtrum and Sethna (2012), Improvements to the Levenberg-Marquardt algorithm,
+    for acceleration; Moré (1978) for scaling; Goldshlager, Abrahamsen and Lin (2024), A Kaczmarz-inspired
+    approach to accelerate the optimization of neural network wavefunctions, for ``spring``.
 
     Example:
         >>> w = torch.zeros(2, requires_grad=True)
@@ -146,6 +161,12 @@ class GaussNewton(SecondOrderOptimizer):
         check_choice(options, "solver", SOLVERS)
         check_choice(options, "scaling", SCALINGS)
         check_fraction(options, "spring")
+        for name, off in (("scaling", "identity"), ("spring", 0.0)):
+            if options[name] != off and options["solver"] not in ("auto", "direct"):
+                raise ValueError(
+                    f"{name}={options[name]!r} needs the space of residuals, got"
+                    f' solver={options["solver"]!r}; use solver="auto".'
+                )
 
     def _curvature(self, evaluation: Evaluation) -> Curvature:
         strict = self.param_groups[0]["strict"]

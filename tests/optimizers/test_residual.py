@@ -302,6 +302,12 @@ class TestSpring:
         with pytest.raises(RuntimeError, match="spring needs the residuals"):
             optimizer.step(closure)
 
+    @pytest.mark.parametrize("option", [{"spring": 0.9}, {"scaling": "more"}], ids=str)
+    @pytest.mark.parametrize("solver", ["subspace", "cg"])
+    def test_another_solver_is_an_error(self, option, solver):
+        with pytest.raises(ValueError, match=f"needs the space of residuals, got solver='{solver}'"):
+            optim.GaussNewton([torch.ones(2, requires_grad=True)], solver=solver, **option)
+
     @pytest.mark.parametrize("spring", [-0.1, 1.5, "0.9"])
     def test_out_of_range(self, spring):
         with pytest.raises(ValueError, match="spring must be between 0 and 1"):
