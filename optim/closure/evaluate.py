@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optim.closure import gradients
 from optim.closure.accumulation import Accumulation
+from optim.closure.calls import Calls
 from optim.closure.coverage import Coverage
 from optim.closure.edges import Behind, leaves_by_nodes_of
 from optim.closure.losses import RecordedLoss
@@ -107,15 +108,18 @@ class ClosureEvaluator:
         """After an exception ``.grad``, buffers, values included, and the random state are what they were."""
         return self._runs.restored_on_error()
 
-    def record(self) -> Evaluation:
+    def record(self, calls: Calls | None = None) -> Evaluation:
         """Run for real; ``.grad`` is then the gradient at this point.
+
+        Args:
+            calls: Notes the modules that are called; None where nobody asks.
 
         Raises:
             TypeError: the closure returns neither a loss nor ``(loss, outputs)``.
             RuntimeError: the loss is not a finite scalar with a path to the parameters.
         """
         with torch.enable_grad(), evaluating():
-            returned, mode = self._runs.for_real()
+            returned, mode = self._runs.for_real(calls)
             return self._evaluated(returned, mode)
 
     def _evaluated(self, returned: Any, mode: Record) -> Evaluation:
@@ -187,6 +191,31 @@ class ClosureEvaluator:
                 with evaluating():
                     gradients.fill(self._parameters, root_of(loss)[0])
             return self._sign * gradients.flat(self._parameters)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Around calls that are made again, with gradients and without a trace.
+
+        As the recorded run began, so do they: random numbers, buffers.
+        """
+        runs = self._runs
+        with runs.without_trace(self._leaves) as (guard, grads), runs.random.replayed(), evaluating():
+            mode = Again(guard, grads, runs.random)
+            with torch.enable_grad(), mode:
+                yield
+
+    def elsewhere(self, evaluation: Evaluation, closure: Closure) -> Evaluation:
+        """The same with the curvature of another closure's loss, at the same parameters.
+
+        Its run leaves ``.grad`` and buffers alone, not the random state.
+        """
+        with self._runs.without_trace(self._leaves) as (guard, _), torch.enable_grad(), evaluating():
+            mode = Record(self._parameters, guard, self._runs.random)
+            with mode:
+                loss, outputs = split(closure())
+            asked = Asked(loss, finite(loss), mode.filled_from() or [root_of(loss)], outputs)
+            other = self._evaluation(asked, mode, evaluation.gradient)
+        return evaluation._replace(objective=other.objective, coverage=other.coverage)
 
     def repeated(self, objective: Tensor) -> float | None:
         """``sign`` times the loss of another run at the same parameters, without a trace.
