@@ -26,6 +26,7 @@ from optim.optimizers.curvature import Curvature, gauss_newton
 from optim.optimizers.groups import moving
 from optim.optimizers.kept import SOLUTION, Kept
 from optim.optimizers.report import StepReport
+from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "cg")
@@ -66,6 +67,14 @@ class HessianFree(SecondOrderOptimizer):
         max_extension: Multiples of the step up to this one are tried, as long as the loss falls, where the
             model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another
             ``lr`` than one, nor in a first step whose damping was given.
+        curvature_batch: The samples whose curvature a step uses; its gradient and its trials are of all. They
+            are drawn anew in each step, as likely as their losses are curved, and weighted so that they stand
+            for all. A number of samples, a fraction (1.0 and None: all), or a closure that returns the loss
+            of a part of the data. "auto" starts with a sixteenth, at least 64, and doubles it after each step
+            whose ``rho`` is at most 1/4; of fewer than 256 samples it is all. Samples are the rows of what
+            one module makes in the closure; it is called again on some of them. Where their outputs are not
+            the same then, as with BatchNorm in training or with dropout, or the loss is not of one module's
+            outputs, it is all of them, and ``report.curvature`` says why.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -122,6 +131,7 @@ class HessianFree(SecondOrderOptimizer):
         decay: float = 0.95,
         max_trials: int = 10,
         max_extension: float = 16.0,
+        curvature_batch: str | float | Callable[[], Any] | None = "auto",
         strict: bool = False,
         weight_decay: float = 0.0,
         damping_scale: float = 1.0,
@@ -133,19 +143,21 @@ class HessianFree(SecondOrderOptimizer):
     ) -> None:
         options = given(locals())
         refuse(type(self), unsupported)
-        super().__init__(params, options)
+        super().__init__(params, {**options, **LEARNED})
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
         check_shared(options)
         check_optional(options, "damping")
+        check_curvature_batch(options)
         check_positive(options, "progress")
         check_fraction(options, "decay")
         check_choice(options, "solver", SOLVERS)
 
-    def _curvature(self, evaluation: Evaluation) -> Curvature:
+    def _curvature(self, evaluation: Evaluation, sampler: Sampler) -> Curvature:
         strict = self.param_groups[0]["strict"]
-        return gauss_newton(evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices)
+        parameters, name = moving(self.param_groups), type(self).__name__
+        return gauss_newton(evaluation, parameters, name, strict, self._notices, sampler)
 
     def _method(self) -> Method:
         groups = self.param_groups

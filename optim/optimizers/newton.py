@@ -17,6 +17,7 @@ from optim.optimizers.base import SecondOrderOptimizer
 from optim.optimizers.curvature import Curvature, hessian
 from optim.optimizers.groups import moving
 from optim.optimizers.report import StepReport
+from optim.optimizers.sampling import Sampler
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
@@ -127,7 +128,7 @@ class Newton(SecondOrderOptimizer):
         check_count(options, "direct_limit")
         check_choice(options, "solver", SOLVERS)
 
-    def _curvature(self, evaluation: Evaluation) -> Curvature:
+    def _curvature(self, evaluation: Evaluation, _: Sampler) -> Curvature:
         return hessian(evaluation, moving(self.param_groups))
 
     def _method(self) -> Method:
