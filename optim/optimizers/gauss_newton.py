@@ -95,7 +95,8 @@ class GaussNewton(SecondOrderOptimizer):
         TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range.
 
-    Cost: one gradient, 10 to 30 products of 4/3 gradients each, a few evaluations of the loss.
+    Cost: one gradient, 10 to 30 products of 4/3 gradients each, times the part of the samples, a few
+    evaluations of the loss.
 
     Reference: Marquardt (1963); Nielsen (1999), Damping parameter in Marquardt's method; Schraudolph (2002).
 

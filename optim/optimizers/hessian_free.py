@@ -96,7 +96,8 @@ class HessianFree(SecondOrderOptimizer):
         TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range.
 
-    Cost: one gradient, 5 to 15 products of 4/3 gradients each, a few evaluations of the loss.
+    Cost: one gradient, 5 to 15 products of 4/3 gradients each, times the part of the samples, a few
+    evaluations of the loss.
 
     Reference: Martens (2010), Deep learning via Hessian-free optimization; Davidson (1975) for the space.
 

@@ -58,7 +58,7 @@ class StepReport(NamedTuple):
         iterations: Dimension of the space in which the step was found, or iterations of CG in all trials.
         trials: Dampings or radii that were tried.
         products: With the curvature.
-        curvature: Which curvature was used, and why.
+        curvature: Which curvature was used, of how many samples, and why.
         form: "grown", "formed" or "cg", and why.
         noisy: Whether samples change from step to step: mini-batches, dropout.
         gradient_equivalents: Cost of the step, in gradients.
