@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,19 @@ class Coverage(NamedTuple):
         """Whether the blocks have these outputs, in this order."""
         own = [output for block in self.blocks for output in block.outputs]
         return len(own) == len(outputs) and all(a is b for a, b in zip(own, outputs, strict=True))
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs the losses are of; 0 where no known loss was called."""
+        return sum(z.numel() for z in self._tensors())
+
+    @property
+    def rows(self) -> int:
+        """The most rows that any of these outputs has; 0 likewise."""
+        return max((z.shape[0] for z in self._tensors() if z.ndim), default=0)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (z for block in self.blocks for z in block.outputs if isinstance(z, Tensor))
 
     def proved(self) -> Coverage:
         """What covers the whole objective, if that can be proved on the graph; else this."""

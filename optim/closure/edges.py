@@ -19,12 +19,13 @@ Edge = tuple[Any, int]
 _SUFFIX = re.compile(r"Backward\w*$")
 
 
-def edge_of(tensor: Tensor) -> Edge:
+def edge_of(source: graph.Source) -> Edge:
     """Its place in the graph."""
-    if tensor.grad_fn is not None:
-        return tensor.grad_fn, tensor.output_nr
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
+    if isinstance(source, Tensor):
+        if source.grad_fn is not None:
+            return source.grad_fn, source.output_nr
+        source = graph.Place(torch.autograd.graph.get_gradient_edge(source), source)
+    return source.edge.node, source.edge.output_nr
 
 
 def kind(node: Node) -> str:
@@ -47,7 +48,7 @@ def made_from(node: Node) -> Iterator[Node]:
     return (other for other, _ in node.next_functions if other is not None)
 
 
-def reached(roots: Sequence[Tensor], stops: Sequence[Tensor], wanted: Sequence[Tensor]) -> set[int]:
+def reached(roots: Sequence[graph.Source], stops: Sequence[Tensor], wanted: Sequence[Tensor]) -> set[int]:
     """Positions of the ``wanted`` tensors that the graph of ``roots`` reaches without passing a stop."""
     passed = set(map(edge_of, stops))
     stack = list(set(map(edge_of, roots)) - passed)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optim.closure import gradients
 from optim.closure.accumulation import Accumulation
+from optim.closure.calls import Calls
 from optim.closure.coverage import Coverage
 from optim.closure.edges import Behind, leaves_by_nodes_of
 from optim.closure.losses import LossLog, RecordedLoss
@@ -107,15 +108,18 @@ class ClosureEvaluator:
         """After an exception ``.grad``, buffers, values included, and the random state are what they were."""
         return self._runs.restored_on_error()
 
-    def record(self) -> Evaluation:
+    def record(self, calls: Calls | None = None) -> Evaluation:
         """Run for real; ``.grad`` is then the gradient at this point.
+
+        Args:
+            calls: Notes the modules that are called; None where nobody asks.
 
         Raises:
             TypeError: the closure returns neither a loss nor ``(loss, outputs)``.
             RuntimeError: the loss is not a finite scalar with a path to the parameters.
         """
         with torch.enable_grad(), evaluating():
-            returned, mode = self._runs.for_real()
+            returned, mode = self._runs.for_real(calls)
             return self._evaluated(returned, mode)
 
     def _evaluated(self, returned: Any, mode: Record) -> Evaluation:
@@ -127,7 +131,8 @@ class ClosureEvaluator:
         if not filled:
             gradients.fill(self._parameters, loss)
         asked = Asked(loss, value, roots, outputs, *_earlier(mode.earlier_passes))
-        return self._evaluation(asked, mode, gradients.flat(self._parameters))
+        gradient = gradients.flat(self._parameters)
+        return evaluation_of(asked, mode, gradient, self._parameters, self._sign)
 
     def _note(self, roots: Weighted, mode: Record) -> None:
         """What other runs and the products need to know of the recorded one."""
@@ -136,24 +141,6 @@ class ClosureEvaluator:
         self._leaves = (*self._parameters, *(leaf for leaf in behind.leaves if id(leaf) not in own))
         self._differentiates = mode.differentiates
         self.is_suspect = behind.first < self._runs.first_node
-
-    def _evaluation(self, asked: Asked, mode: Record, gradient: Tensor) -> Evaluation:
-        """With objective and coverage of the roots, at curvature ``scale`` times theirs."""
-        size = gradients.norm(gradient)
-        tensors = [root for root, _ in asked.roots]
-        factor = self._sign * asked.scale
-        is_loss = mode.is_plain and len(tensors) == 1 and tensors[0] is asked.loss
-        weights = [weight if factor == 1 else factor * weight for _, weight in asked.roots]
-        objective = _weighted_sum(tensors, weights)
-        coverage = cover(mode.log.losses, tensors, weights, self._parameters, is_loss and factor > 0)
-        if asked.outputs:
-            squares = coverage.squares if coverage.is_of(asked.outputs) else ()
-            coverage = explicit(objective, asked.outputs, self._parameters)._replace(squares=squares)
-        if self._sign < 0:
-            gradient = -gradient
-        loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
-        value, entropies = self._sign * asked.value, mode.log.cross_entropies()
-        return Evaluation(loss, value, objective, gradient, size, coverage, asked.partial, entropies, is_loss)
 
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:
@@ -171,29 +158,15 @@ class ClosureEvaluator:
                 remedy = "no decomposition of it is known here; replace it by differentiable operations"
                 raise MissingDerivativeError(error.operation, remedy) from error
 
-    def value(self) -> float:
-        """The loss at the present parameters; NaN and infinity are values here, not errors."""
-        return self._sign * number(self._again(None))
+    def value(self, log: LossLog | None = None) -> float:
+        """The loss at the present parameters; NaN and infinity are values here, not errors.
 
-    def outputs(self, calls: Sequence[int]) -> list[Tensor] | None:
-        """What the losses that certain calls made are of, at the present parameters.
-
-        Args:
-            calls: As ``RecordedLoss.call``.
-
-        Returns:
-            None where this run did not call the same.
+        ``log`` takes the known losses.
         """
-        log = LossLog(in_graph=False)
-        self._again(log)
-        found = {recorded.call: recorded.outputs.detach() for recorded in log.losses}
-        return [found[call] for call in calls] if found.keys() >= set(calls) else None
-
-    def _again(self, log: LossLog | None) -> Any:
         differentiates = self._differentiates
         with self._runs.without_trace(self._leaves) as (guard, grads):
             mode = Value(guard, grads, differentiates, self._runs.random, log)
-            return self._runs.again(mode, gradients=differentiates)
+            return self._sign * number(self._runs.again(mode, gradients=differentiates))
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
@@ -204,6 +177,31 @@ class ClosureEvaluator:
                 with evaluating():
                     gradients.fill(self._parameters, root_of(loss)[0])
             return self._sign * gradients.flat(self._parameters)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Around calls that are made again, with gradients and without a trace.
+
+        As the recorded run began, so do they: random numbers, buffers.
+        """
+        runs = self._runs
+        with runs.without_trace(self._leaves) as (guard, grads), runs.random.replayed(), evaluating():
+            mode = Again(guard, grads, runs.random)
+            with torch.enable_grad(), mode:
+                yield
+
+    def elsewhere(self, evaluation: Evaluation, closure: Closure) -> Evaluation:
+        """The same with the curvature of another closure's loss, at the same parameters.
+
+        Its run leaves ``.grad`` and buffers alone, not the random state.
+        """
+        with self._runs.without_trace(self._leaves) as (guard, _), torch.enable_grad(), evaluating():
+            mode = Record(self._parameters, guard, self._runs.random)
+            with mode:
+                loss, outputs = split(closure())
+            asked = Asked(loss, finite(loss), mode.filled_from() or [root_of(loss)], outputs)
+            other = evaluation_of(asked, mode, evaluation.gradient, self._parameters, self._sign)
+        return evaluation._replace(objective=other.objective, coverage=other.coverage)
 
     def repeated(self, objective: Tensor) -> float | None:
         """``sign`` times the loss of another run at the same parameters, without a trace.
@@ -226,6 +224,27 @@ class ClosureEvaluator:
                 " the model inside the closure."
             )
         return self._sign * number(loss)
+
+
+def evaluation_of(
+    asked: Asked, mode: Record, gradient: Tensor, parameters: Sequence[Tensor], sign: int
+) -> Evaluation:
+    """With objective and coverage of the roots, at curvature ``scale`` times theirs; ``sign`` times all."""
+    size = gradients.norm(gradient)
+    tensors = [root for root, _ in asked.roots]
+    factor = sign * asked.scale
+    is_loss = mode.is_plain and len(tensors) == 1 and tensors[0] is asked.loss
+    weights = [weight if factor == 1 else factor * weight for _, weight in asked.roots]
+    objective = _weighted_sum(tensors, weights)
+    coverage = cover(mode.log.losses, tensors, weights, parameters, is_loss and factor > 0)
+    if asked.outputs:
+        squares = coverage.squares if coverage.is_of(asked.outputs) else ()
+        coverage = explicit(objective, asked.outputs, parameters)._replace(squares=squares)
+    if sign < 0:
+        gradient = -gradient
+    loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
+    value, entropies = sign * asked.value, mode.log.cross_entropies()
+    return Evaluation(loss, value, objective, gradient, size, coverage, asked.partial, entropies, is_loss)
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

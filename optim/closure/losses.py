@@ -150,6 +150,11 @@ class LossLog:
             return self._see_loss(func, arguments, argument, result)
         return result
 
+    def outputs(self, calls: Sequence[int]) -> list[Tensor] | None:
+        """What the losses that certain calls made are of; None where these made none."""
+        found = {recorded.call: recorded.outputs.detach() for recorded in self.losses}
+        return [found[call] for call in calls] if found.keys() >= set(calls) else None
+
     def cross_entropies(self) -> list[RecordedLoss]:
         """Those among them, which round at the size of their logits."""
         return [recorded for recorded in self.losses if recorded.name in CROSS_ENTROPIES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from optim.closure import gradients
 from optim.closure.accumulation import Accumulation
-from optim.closure.evaluate import Asked, ClosureEvaluator, Evaluation
+from optim.closure.calls import Calls
+from optim.closure.evaluate import Asked, ClosureEvaluator, Evaluation, evaluation_of
 from optim.closure.modes import Record
 from optim.closure.nodes import Passes
 from optim.closure.returned import finite, root_of
@@ -45,27 +47,30 @@ class ReplayEvaluator(ClosureEvaluator):
         super().__init__(closure or passes.run, parameters, sign, accumulation)
         self._passes, self._is_given = passes, closure is not None
 
-    def record(self) -> Evaluation:
+    def record(self, calls: Calls | None = None) -> Evaluation:
         """Run, leaving ``.grad`` as it is: the user has filled it.
+
+        Args:
+            calls: As of a closure.
 
         Raises:
             RuntimeError: the loss is not finite, or has no path to the parameters.
         """
         with torch.enable_grad(), evaluating():
             if self._is_given:
-                returned, mode = self._runs.for_real()
+                returned, mode = self._runs.for_real(calls)
                 if returned is not None or mode.roots:
                     return self._evaluated(returned, mode)
                 self._runs.closure = self._passes.run
-            return self._replayed()
+            return self._replayed(calls)
 
-    def _replayed(self) -> Evaluation:
+    def _replayed(self, calls: Calls | None) -> Evaluation:
         """Of the passes, done again."""
         gradient, gap = gradients.flat(self._parameters), self._passes.changed()
         with gradients.put_aside(self._parameters), WriteGuard() as guard:
             mode = Record(self._parameters, guard, self._runs.random)
             # Each call has its own random numbers.
-            with self._runs.random.replayed(), mode:
+            with self._runs.random.replayed(), mode, calls or contextlib.nullcontext():
                 loss = self._passes.run()
             value, root = finite(loss), root_of(loss)
             self._note([root], mode)
@@ -76,7 +81,7 @@ class ReplayEvaluator(ClosureEvaluator):
         if abs(value - before) > AGREEMENT * max(abs(value), abs(before)):
             gap = gap or f"the loss was {before:.6g} and is {value:.6g} when it is computed again"
         asked = Asked(loss, value, [root], (), gap or partial, scale)
-        return self._evaluation(asked, mode, gradient)
+        return evaluation_of(asked, mode, gradient, self._parameters, self._sign)
 
     def repeated(self, objective: Tensor) -> float | None:
         """As of a closure; what is run again instead of one was compared with the first run already."""

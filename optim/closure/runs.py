@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optim.closure.accumulation import Accumulation
+from optim.closure.calls import Calls
 from optim.closure.gradients import Grads, put_aside, write
 from optim.closure.modes import Record, Value
 from optim.closure.returned import split
@@ -63,12 +64,12 @@ class Runs:
             surely(restore)
             raise
 
-    def for_real(self) -> tuple[Any, Record]:
-        """What the closure returned, and what was recorded."""
+    def for_real(self, calls: Calls | None) -> tuple[Any, Record]:
+        """What the closure returned, and what was recorded; ``calls`` notes the modules that it calls."""
         self.random.save()
         mode = Record(self._parameters, self._guard, self.random, self._accumulation)
         self.first_node = torch._C._autograd._get_sequence_nr()
-        with mode:
+        with mode, calls or contextlib.nullcontext():
             returned = self.closure()
         return returned, mode
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from optim.closure.calls import as_called
 from optim.closure.nodes import Node, tensors_of
 from optim.closure.tape import Tape
 from secondorder.autodiff.guard import RandomState, is_transformed
@@ -101,10 +102,7 @@ class _Hook:
 
 
 class _Call:
-    """Calls the module again, its parts in training or evaluation as they were.
-
-    Buffers that a module gives another tensor are afterwards those of before.
-    """
+    """Calls the module again, its parts in training or evaluation as they were."""
 
     def __init__(self, watcher: Watcher, training: list[tuple[nn.Module, bool]]) -> None:
         self._watcher, self._training = weakref.ref(watcher), training
@@ -112,12 +110,5 @@ class _Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watcher = self._watcher()
         assert watcher is not None
-        present = [(module, module.training, dict(module._buffers)) for module, _ in self._training]
-        try:
-            for module, training in self._training:
-                module.training = training
+        with as_called(self._training):
             return watcher.call(*args, **kwargs)
-        finally:
-            for module, training, buffers in present:
-                module.training = training
-                module._buffers.update(buffers)

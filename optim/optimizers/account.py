@@ -12,9 +12,8 @@ from optim.optimizers.problem import ClosureProblem
 from optim.optimizers.report import UNUSED, Seconds, StepReport
 from optim.optimizers.stepping import Result
 
-# In gradients (one forward and one backward pass, the backward twice the forward). The step's own counts
-# twice: its graph is kept, and that of the curvature made.
-FORWARD_COST, RECORD_COST = 1 / 3, 2.0
+# In gradients: one forward and one backward pass, the backward twice the forward.
+FORWARD_COST, RECORD_COST = 1 / 3, 1.0
 
 
 class Clock:
@@ -34,10 +33,11 @@ class Clock:
 
 
 class Cost(NamedTuple):
-    """Evaluations before the step, and the cost of a product in gradients."""
+    """Evaluations before the step, and what a product and the set-up of the curvature cost in gradients."""
 
     evaluations: int
     product: float
+    set_up: float
 
 
 def reported(
@@ -68,6 +68,7 @@ def reported(
         form="" if result.form is None else f"{result.form.name} ({result.form.why})",
         noisy=result.is_noisy,
         gradient_equivalents=RECORD_COST
+        + cost.set_up
         + products * cost.product * (PASS_COST if isinstance(space, Residual) else 1.0)
         + FORWARD_COST * (cost.evaluations + spent.evaluations)
         + spent.gradients,

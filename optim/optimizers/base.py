@@ -23,12 +23,13 @@ from optim.methods.options import OF_GROUPS, check_flags, check_groups, check_jo
 from optim.optimizers.account import Clock, Cost, reported
 from optim.optimizers.checkpoint import packed, unpack
 from optim.optimizers.checks import Notices
-from optim.optimizers.curvature import PRODUCT_COST, Curvature
+from optim.optimizers.curvature import Curvature
 from optim.optimizers.decay import WeightDecay
 from optim.optimizers.groups import Groups, joint, moving
 from optim.optimizers.kept import VALUES, Kept, column_scale
 from optim.optimizers.problem import ClosureProblem
 from optim.optimizers.report import History, StepReport
+from optim.optimizers.sampling import Sampler
 from optim.optimizers.stepping import Method, find_step, make_state
 from secondorder.autodiff.guard import surely
 
@@ -43,11 +44,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     history: History | None = None
     _model: nn.Module | None = None
     _callback: Callable[[StepReport], Any] | None = None
+    # Evaluates the loss of a part of the data, for its curvature.
+    _part: Callable[[], Any] | None = None
 
     def __init__(self, params: ParamsT, options: dict[str, Any]) -> None:
         """``options``: those of groups, and ``model``, ``history`` and ``callback``."""
         defaults = {**options, **LEARNED}
         model, history, callback = (defaults.pop(name) for name in ("model", "history", "callback"))
+        if callable(part := defaults.get("curvature_batch")):
+            self._part, defaults["curvature_batch"] = part, None
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if callback is not None and not callable(callback):
@@ -68,8 +73,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._notices = Notices(name)
 
     @abstractmethod
-    def _curvature(self, evaluation: Evaluation) -> Curvature:
-        """The operator of the model, and what it is."""
+    def _curvature(self, evaluation: Evaluation, sampler: Sampler) -> Curvature:
+        """The operator of the model, of a part of the samples where that is asked for, and what it is."""
 
     @abstractmethod
     def _method(self) -> Method:
@@ -128,7 +133,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and copy take: the model too, but not what it was seen to do."""
-        names = ("report", "history", "_model", "_callback")
+        names = ("report", "history", "_model", "_callback", "_part")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -194,11 +199,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     ) -> tuple[Tensor, StepReport]:
         """Record, model, minimise, move."""
         clock = Clock()
-        evaluation = evaluator.record()
+        sampler = Sampler(evaluator, self.param_groups[0], self._part, parameters)
+        evaluation = evaluator.record(sampler.calls)
         repeated = self._notices.check(evaluator, evaluation, parameters[0].dtype)
         with evaluator.differentiating():
             with torch.enable_grad():
-                curvature = self._curvature(evaluation)
+                curvature = self._curvature(evaluation, sampler)
             operator, form = curvature.operator, curvature.form
             scale = None
             if self.param_groups[0].get("scaling") == "more":
@@ -207,7 +213,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             clock.recorded()
             method = self._method()
             result = find_step(problem, self.param_groups, method, state, not evaluation.partial)
-        cost = Cost(repeated, PRODUCT_COST[type(operator)])
+        if result.space is not None:
+            state.learn(**sampler.learned(result.outcome.rho))
+        cost = Cost(repeated, curvature.product, curvature.set_up)
         bounded = method.size, self.param_groups[0][method.size]
         report = reported(problem, result, bounded, curvature.description, cost, clock)
         problem.move(result.outcome.trial, then=lambda: self._source.close(parameters))

@@ -16,6 +16,13 @@ from optim.optimizers.report import NOT_TRIED
 # between two runs in single precision, which autocast computes in half.
 MISMATCH = 1e-3
 
+# Of an optimizer, the option, and why.
+UNSAMPLED = (
+    "{} was asked for curvature_batch={}, but takes {}. Call one module that keeps samples apart, with a row"
+    " for each in its inputs and outputs; or give curvature_batch a closure that evaluates the loss of a part"
+    " of the data."
+)
+
 
 def processes(name: str) -> str:
     """Where there are several: gradients may be averaged over them, losses are not."""

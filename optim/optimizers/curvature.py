@@ -12,7 +12,8 @@ from optim.closure.coverage import Coverage
 from optim.closure.evaluate import Evaluation
 from optim.methods.basis import uploaded
 from optim.methods.problem import Form
-from optim.optimizers.checks import Notices
+from optim.optimizers.checks import UNSAMPLED, Notices
+from optim.optimizers.sampling import Part, Sampler
 from secondorder import GaussNewton, Hessian, LinearOperator
 from secondorder.operators.curvature import GradientBlock
 
@@ -25,14 +26,20 @@ LIKELIHOODS = frozenset(
         *("mse_loss", "squares", "poisson_nll_loss"),
     )
 )
+# Of a product on the kept graph, in gradients of a deep network.
+HESSIAN_COST, GAUSS_NEWTON_COST = 2.0, 4 / 3
+# Of the kept graph; for a part of the samples the network is run on them too.
+SET_UP, SET_UP_OF_PART = 1.0, 4 / 3
 
 
 class Curvature(NamedTuple):
     """A curvature, and why.
 
     Attributes:
-        operator: ``GaussNewton`` or ``Hessian``.
+        operator: Symmetric, on flat vectors.
         description: For the report.
+        product: Cost of one, in gradients.
+        set_up: Its cost, in gradients.
         complaint: What is missing; empty where nothing is.
         consequence: What is done about it.
         form: As of a ``QuadraticModel``.
@@ -40,6 +47,8 @@ class Curvature(NamedTuple):
 
     operator: LinearOperator
     description: str
+    product: float
+    set_up: float = SET_UP
     complaint: str = ""
     consequence: str = ""
     form: Form | None = None
@@ -84,17 +93,18 @@ def _combined(coordinates: Tensor, rows: Tensor) -> Tensor:
     return torch.tensordot(uploaded(coordinates, single), single, 1).to(rows.dtype)
 
 
-# Of a product on the kept graph, in gradients of a deep network.
-PRODUCT_COST = {Hessian: 2.0, GaussNewton: 4 / 3, Structured: 4 / 3}
-
-
 def hessian(evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
     """The exact Hessian."""
-    return Curvature(Hessian(evaluation.objective, parameters), "hessian")
+    return Curvature(Hessian(evaluation.objective, parameters), "hessian", HESSIAN_COST)
 
 
 def gauss_newton(
-    evaluation: Evaluation, parameters: Sequence[Tensor], name: str, strict: bool, notices: Notices
+    evaluation: Evaluation,
+    parameters: Sequence[Tensor],
+    name: str,
+    strict: bool,
+    notices: Notices,
+    sampler: Sampler,
 ) -> Curvature:
     """The Gauss-Newton matrix of the objective, or the Hessian: with an error if strict, else a warning.
 
@@ -104,12 +114,18 @@ def gauss_newton(
         name: Of the optimizer, for errors.
         strict: Whether to raise RuntimeError.
         notices: Of the optimizer.
+        sampler: Takes the part of the samples that is asked for; warned of where it cannot.
     """
-    return _said(_gauss_newton(evaluation.coverage.proved(), evaluation, parameters), name, strict, notices)
+    return _said(_found(evaluation, parameters, name, notices, sampler)[1], name, strict, notices)
 
 
 def fisher(
-    evaluation: Evaluation, parameters: Sequence[Tensor], name: str, strict: bool, notices: Notices
+    evaluation: Evaluation,
+    parameters: Sequence[Tensor],
+    name: str,
+    strict: bool,
+    notices: Notices,
+    sampler: Sampler,
 ) -> Curvature:
     """The Fisher matrix: the Gauss-Newton matrix where all losses are likelihoods, which it equals then.
 
@@ -119,8 +135,7 @@ def fisher(
 
     Reference: Martens (2020), New insights and perspectives on the natural gradient method.
     """
-    coverage = evaluation.coverage.proved()
-    choice = _gauss_newton(coverage, evaluation, parameters)
+    coverage, choice = _found(evaluation, parameters, name, notices, sampler)
     if not choice.complaint and not LIKELIHOODS.issuperset(coverage.losses or ("",)):
         choice = choice._replace(
             complaint=f"found no log-likelihood of which it knows the Fisher matrix: {coverage.description}."
@@ -145,6 +160,19 @@ def with_states(evaluation: Evaluation, states: GradientBlock) -> Evaluation:
     return evaluation._replace(coverage=coverage._replace(blocks=blocks, has_states=True, prove=None))
 
 
+def _found(
+    evaluation: Evaluation, parameters: Sequence[Tensor], name: str, notices: Notices, sampler: Sampler
+) -> tuple[Coverage, Curvature]:
+    """What is known of the objective, or of the part of it that is asked for, and its matrix."""
+    evaluation, part = sampler.evaluation(evaluation)
+    coverage = evaluation.coverage.proved()
+    if coverage.blocks and not part.note and not coverage.has_states:
+        part = sampler.part(coverage)
+    if part.operator is None and part.note and sampler.is_by_number:
+        notices.once("curvature_batch", UNSAMPLED.format(name, sampler.wanted, part.note))
+    return coverage, _gauss_newton(evaluation, coverage, parameters, part)
+
+
 def _said(choice: Curvature, name: str, strict: bool, notices: Notices) -> Curvature:
     """With its complaint, if there is one, as an error or a warning."""
     if choice.complaint:
@@ -155,26 +183,39 @@ def _said(choice: Curvature, name: str, strict: bool, notices: Notices) -> Curva
     return choice
 
 
-def _gauss_newton(coverage: Coverage, evaluation: Evaluation, parameters: Sequence[Tensor]) -> Curvature:
+def _gauss_newton(
+    evaluation: Evaluation, coverage: Coverage, parameters: Sequence[Tensor], part: Part
+) -> Curvature:
     blocks, description = coverage.blocks, coverage.description
-    matrix = Structured if coverage.has_states else GaussNewton
-    operator = matrix.of_blocks(blocks, parameters) if blocks else None
-    if operator is not None and description.startswith("explicit") and not operator.has_curvature():
-        operator = None
-        description = "the loss is linear in the outputs that were returned (log-probabilities?)"
+    operator = part.operator
+    if operator is None and blocks:
+        matrix = Structured if coverage.has_states else GaussNewton
+        whole = matrix.of_blocks(blocks, parameters)
+        operator = whole
+        if description.startswith("explicit") and not whole.has_curvature():
+            operator = None
+            description = "the loss is linear in the outputs that were returned (log-probabilities?)"
     if operator is None:
         return Curvature(
             Hessian(evaluation.objective, parameters),
             f"hessian ({description})",
+            HESSIAN_COST * part.share,
+            SET_UP * part.share,
             f"found no Gauss-Newton matrix for the whole objective: {description}. Use the losses of"
             " torch.nn.functional, or let the closure return (loss, outputs), with outputs the tensor that a"
             " convex loss is computed from.",
             "The exact Hessian is used instead.",
         )
+    note = f"; {part.note}" if part.note else ""
     own = " + hessian of a term of the parameters" if coverage.has_own_terms else ""
     own += " + structural damping" if coverage.has_states else ""
-    form = operator.form if isinstance(operator, Structured) else None
-    found = Curvature(operator, f"gauss-newton ({description}){own}", form=form)
+    found = Curvature(
+        operator,
+        f"gauss-newton ({description}{note}){own}",
+        GAUSS_NEWTON_COST * part.share,
+        part.share * (SET_UP_OF_PART if part.share < 1 else SET_UP),
+        form=operator.form if isinstance(operator, Structured) else None,
+    )
     if coverage.is_whole:
         return found
     return found._replace(

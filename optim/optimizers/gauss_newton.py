@@ -26,7 +26,8 @@ from optim.optimizers.base import SecondOrderOptimizer
 from optim.optimizers.curvature import Curvature, gauss_newton
 from optim.optimizers.groups import moving
 from optim.optimizers.report import StepReport
-from optim.optimizers.stepping import Method
+from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch
+from optim.optimizers.stepping import Method, prefers_residuals
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
 # Relative residuals that leave little to gain: of a space, as measured, and of CG.
@@ -77,6 +78,14 @@ class GaussNewton(SecondOrderOptimizer):
         spring: Damp steps towards this part of the last one, in place of zero: for fresh, few samples in each
             step, as the points of a physics-informed network. 0.9 to 0.99 as published. It is in the space of
             residuals.
+        curvature_batch: The samples whose curvature a step uses; its gradient and its trials are of all. They
+            are drawn anew in each step, as likely as their losses are curved, and weighted so that they stand
+            for all. A number of samples, a fraction (1.0 and None: all), or a closure that returns the loss
+            of a part of the data. "auto" starts with a sixteenth, at least 64, and doubles it after each step
+            whose ``rho`` is at most 1/4; of fewer than 256 samples it is all. Samples are the rows of what
+            one module makes in the closure; it is called again on some of them. Where their outputs are not
+            the same then, as with BatchNorm in training or with dropout, or the loss is not of one module's
+            outputs, it is all of them, and ``report.curvature`` says why.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -98,9 +107,9 @@ class GaussNewton(SecondOrderOptimizer):
         TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range, or ``scaling`` or ``spring`` do not fit ``solver``.
 
-    Cost: one gradient, 10 to 30 products of 4/3 gradients each, a few evaluations of the loss; in the space
-    of residuals a backward pass for each output of a sample, and the algebra of a matrix of as many rows as
-    there are residuals, or parameters.
+    Cost: one gradient, 10 to 30 products of 4/3 gradients each, times the part of the samples, a few
+    evaluations of the loss; in the space of residuals a backward pass for each output of a sample, and the
+    algebra of a matrix of as many rows as there are residuals, or parameters.
 
     Reference: Marquardt (1963); Nielsen (1999), Damping parameter in Marquardt's method; Schraudolph (2002).
     In the space of residuals: Transtrum and Sethna (2012), Improvements to the Levenberg-Marquardt algorithm,
@@ -137,6 +146,7 @@ class GaussNewton(SecondOrderOptimizer):
         spring: float = 0.0,
         max_trials: int = 10,
         max_extension: float = 16.0,
+        curvature_batch: str | float | Callable[[], Any] | None = "auto",
         strict: bool = False,
         weight_decay: float = 0.0,
         damping_scale: float = 1.0,
@@ -148,13 +158,14 @@ class GaussNewton(SecondOrderOptimizer):
     ) -> None:
         options = given(locals())
         refuse(type(self), unsupported)
-        learned = {"damping_growth": 2.0, "residual_cost": None, "scale_steps": 0}
+        learned = {**LEARNED, "damping_growth": 2.0, "residual_cost": None, "scale_steps": 0}
         super().__init__(params, {**options, **learned})
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
         check_shared(options)
         check_optional(options, "damping")
+        check_curvature_batch(options)
         check_positive(options, "damping_growth")
         check_count(options, "direct_limit")
         check_choice(options, "rule", RULES)
@@ -168,9 +179,12 @@ class GaussNewton(SecondOrderOptimizer):
                     f' solver={options["solver"]!r}; use solver="auto".'
                 )
 
-    def _curvature(self, evaluation: Evaluation) -> Curvature:
+    def _curvature(self, evaluation: Evaluation, sampler: Sampler) -> Curvature:
         strict = self.param_groups[0]["strict"]
-        return gauss_newton(evaluation, moving(self.param_groups), type(self).__name__, strict, self._notices)
+        parameters, name = moving(self.param_groups), type(self).__name__
+        if prefers_residuals(evaluation, self.param_groups, self._method()):
+            sampler.take_all()
+        return gauss_newton(evaluation, parameters, name, strict, self._notices, sampler)
 
     def _method(self) -> Method:
         group = self.param_groups[0]

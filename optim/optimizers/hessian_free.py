@@ -29,6 +29,7 @@ from optim.optimizers.curvature import Curvature, Structured, fisher, gauss_newt
 from optim.optimizers.groups import moving
 from optim.optimizers.kept import SKETCH_VALUES, SOLUTION, Kept
 from optim.optimizers.report import StepReport
+from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "cg")
@@ -58,22 +59,18 @@ class HessianFree(SecondOrderOptimizer):
         curvature: "gauss-newton"; "fisher", for losses that are likelihoods (softmax, logistic, Gaussian and
             Poisson outputs): the exact Fisher matrix, which equals the Gauss-Newton matrix there, and a
             warning, or with ``strict`` an error, for others; or "hessian", with steps that go downhill along
-            negative curvature too. There is no empirical Fisher matrix: what a sample is a closure does not
-            say, and on digits steps with it ended near a loss of 1e-2, where these reach 1e-4; see
-            ``secondorder.EmpiricalFisher``.
+            negative curvature too.
         structural_damping: Weight of the mean squared change of hidden states, beside the squared length of a
             step, in what damping multiplies, parameter squared over state squared: for recurrent networks,
-            whose states a short step can throw far. It adds a part to each product, none of its own (with
-            "cg" a pass forward to each solve). It follows the damping from step to step; inside one it keeps
-            that of its start, so that another damping costs no product, and in the first step it waits for
-            one, unless ``damping`` is given. Not in a step that falls back to the Hessian.
+            whose states a short step can throw far. It follows the damping from step to step; inside one it
+            keeps that of its start; in the first it waits for one.
         structural: Modules whose outputs are these states; None for every ``nn.RNN``, ``nn.LSTM``, ``nn.GRU``
             and cell of theirs that the closure calls.
         solver: "subspace" is the above; "cg" Martens' own recipe: CG from the decayed last solution, stopped
             when the model no longer decreases, a choice among its iterates, a line search. "auto" is
             "subspace", or "cg" where ``memory`` is short.
-        memory: Bytes that the space may take: six vectors of the parameters' size for each direction. Where
-            that is no room for eight directions "auto" is "cg", and ``report.form`` says so.
+        memory: Bytes that the space may take, six vectors of the parameters' size for each direction; where
+            that is no room for eight "auto" is "cg".
         rtol: Relative residual to which a step solves its system. None: a space grows as long as another
             product pays.
         gain: Another product pays where it gains this part, or more, of what products gained on average. With
@@ -89,6 +86,14 @@ class HessianFree(SecondOrderOptimizer):
         max_extension: Multiples of the step up to this one are tried, as long as the loss falls, where the
             model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another
             ``lr`` than one, nor in a first step whose damping was given.
+        curvature_batch: The samples whose curvature a step uses; its gradient and its trials are of all. They
+            are drawn anew in each step, as likely as their losses are curved, and weighted so that they stand
+            for all. A number of samples, a fraction (1.0 and None: all), or a closure that returns the loss
+            of a part of the data. "auto" starts with a sixteenth, at least 64, and doubles it after each step
+            whose ``rho`` is at most 1/4; of fewer than 256 samples it is all. Samples are the rows of what
+            one module makes in the closure; it is called again on some of them. Where their outputs are not
+            the same then, as with BatchNorm in training or with dropout, or the loss is not of one module's
+            outputs, it is all of them, and ``report.curvature`` says why.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -98,9 +103,9 @@ class HessianFree(SecondOrderOptimizer):
         model: The module that is trained, for steps without a closure: its calls are watched, and what
             ``backward`` was called on since the last step is computed again. Its parameters may be more, or
             fewer, than ``params``.
-        history: Keep the reports of all steps in ``history``.
+        history: Keep all reports in ``history``.
         callback: Called with the ``StepReport`` after each step.
-        unsupported: Options of torch's other optimizers; an error, unless they are off.
+        unsupported: Options of torch's other optimizers; an error, unless off.
 
     Attributes:
         report: What the last step did, a ``StepReport``; None before the first.
@@ -110,7 +115,7 @@ class HessianFree(SecondOrderOptimizer):
         TypeError: an option is unknown or, as ``fused``, not supported.
         ValueError: an option is out of range, or has no use with another.
 
-    Cost: one gradient, 5 to 15 products of 4/3 gradients each, a few evaluations of the loss.
+    Cost: one gradient, 5 to 15 products of 4/3 times the part of the samples, a few evaluations.
 
     Reference: Martens (2010), Deep learning via Hessian-free optimization; Davidson (1975) for the space;
     Martens and Sutskever (2011), Learning recurrent neural networks with Hessian-free optimization, section
@@ -153,6 +158,7 @@ class HessianFree(SecondOrderOptimizer):
         preconditioner_steps: int = 20,
         max_trials: int = 10,
         max_extension: float = 16.0,
+        curvature_batch: str | float | Callable[[], Any] | None = "auto",
         strict: bool = False,
         weight_decay: float = 0.0,
         damping_scale: float = 1.0,
@@ -165,7 +171,7 @@ class HessianFree(SecondOrderOptimizer):
         options = given(locals())
         refuse(type(self), unsupported)
         self._hidden = HiddenStates(options.pop("structural") or ())
-        super().__init__(params, {**options, SKETCH_VALUES: ()})
+        super().__init__(params, {**options, **LEARNED, SKETCH_VALUES: ()})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
         """As of all optimizers here; with structural damping the first call of the closure is watched."""
@@ -185,6 +191,7 @@ class HessianFree(SecondOrderOptimizer):
         check_shared(options)
         check_optional(options, "damping")
         check_not_negative(options, "structural_damping")
+        check_curvature_batch(options)
         check_positive(options, "progress")
         check_fraction(options, "decay")
         check_count(options, "preconditioner_rank", "preconditioner_steps")
@@ -196,13 +203,18 @@ class HessianFree(SecondOrderOptimizer):
                 f"preconditioner={options['preconditioner']!r} needs solver='cg', got"
                 f" {options['solver']!r}, whose space is preconditioned by the last one."
             )
+        if options["curvature"] == "hessian" and options["curvature_batch"] not in ("auto", None):
+            raise ValueError(
+                f"curvature_batch={options['curvature_batch']!r} is of the Gauss-Newton matrix, got"
+                " curvature='hessian'; leave it out."
+            )
         if options["structural_damping"] and options["curvature"] == "hessian":
             raise ValueError(
                 "structural_damping must be 0 with curvature='hessian', got"
                 f" {options['structural_damping']}: it is a part of the Gauss-Newton matrix."
             )
 
-    def _curvature(self, evaluation: Evaluation) -> Curvature:
+    def _curvature(self, evaluation: Evaluation, sampler: Sampler) -> Curvature:
         group, parameters = self.param_groups[0], moving(self.param_groups)
         if group["curvature"] == "hessian":
             return hessian(evaluation, parameters)
@@ -211,7 +223,7 @@ class HessianFree(SecondOrderOptimizer):
             states = self._hidden.block(weight)
             evaluation = with_states(evaluation, states) if weight else evaluation
         find = CURVATURES[group["curvature"]]
-        curvature = find(evaluation, parameters, type(self).__name__, group["strict"], self._notices)
+        curvature = find(evaluation, parameters, type(self).__name__, group["strict"], self._notices, sampler)
         if isinstance(curvature.operator, Structured):
             # Solutions of CG have no coordinates in what it multiplied.
             curvature.operator.keeps = group["solver"] != "cg"

@@ -25,6 +25,7 @@ from optim.optimizers.base import SecondOrderOptimizer
 from optim.optimizers.curvature import Curvature, hessian
 from optim.optimizers.groups import moving
 from optim.optimizers.report import StepReport
+from optim.optimizers.sampling import Sampler
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
@@ -156,7 +157,7 @@ class Newton(SecondOrderOptimizer):
                 " space; use 'auto', 'subspace' or 'direct'."
             )
 
-    def _curvature(self, evaluation: Evaluation) -> Curvature:
+    def _curvature(self, evaluation: Evaluation, _: Sampler) -> Curvature:
         return hessian(evaluation, moving(self.param_groups))
 
     def _method(self) -> Method:

@@ -124,8 +124,7 @@ class ClosureProblem:
 
     def outputs(self) -> int:
         """How many outputs the loss is of; 0 where no known loss was called."""
-        blocks = self._evaluation.coverage.blocks
-        return sum(output.numel() for block in blocks for output in getattr(block, "outputs", ()))
+        return self._evaluation.coverage.outputs
 
 
 def _with_decay(form: Form, decay: WeightDecay, scaling: Scaling) -> Form:

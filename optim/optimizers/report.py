@@ -64,7 +64,7 @@ class StepReport(NamedTuple):
         iterations: Dimension of the space in which the step was found, or iterations of CG in all trials.
         trials: Dampings, radii or weights that were tried.
         products: With the curvature; in the space of residuals backward passes, of half a product each.
-        curvature: Which curvature was used, and why.
+        curvature: Which curvature was used, of how many samples, and why.
         form: "grown", "residual", "formed" or "cg", and why.
         noisy: Whether samples change from step to step: mini-batches, dropout.
         gradient_equivalents: Cost of the step, in gradients.

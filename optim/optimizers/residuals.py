@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.closure.evaluate import ClosureEvaluator, Evaluation
+from optim.closure.losses import LossLog
 from optim.closure.setting import trial
 from optim.methods.forms import residual_cost
 from optim.methods.problem import Residuals
@@ -16,12 +17,37 @@ from optim.optimizers.decay import WeightDecay
 from optim.optimizers.meter import Meter
 from optim.optimizers.scaling import Scaling
 from secondorder import GaussNewton, LinearOperator
+from secondorder.operators.parameters import Jacobian
 from secondorder.operators.per_sample import Layers
 from secondorder.operators.residual import ResidualJacobian
 from secondorder.vectors.flat import flatten
 
 # Of the matrix, while it is decomposed; and operations of a product for each multiplication of ``J v``.
 COPIES, PRODUCT = 3, 8.0
+
+
+# Residuals, parameters, and the products that their space costs.
+Known = tuple[int, int, float]
+
+
+def cost_of(jacobian: Jacobian, known: Known | None, memory: float) -> Known:
+    """The products that the space of residuals costs; infinite where there is no memory for it.
+
+    Args:
+        jacobian: Of all outputs.
+        known: What this was, looked at again where the numbers differ.
+        memory: Bytes.
+    """
+    m, n = jacobian.shape
+    if known is not None and known[:2] == (m, n):
+        return known
+    small = min(m, n)
+    if COPIES * (small**2 + (m * n if m > n else 0)) * jacobian.dtype.itemsize > memory:
+        return m, n, math.inf
+    layers = Layers(jacobian, range(len(jacobian.parameters)))
+    # Where a layer is not read.
+    passes = layers.passes + (small if layers.unread else 0)
+    return m, n, residual_cost(m, n, passes, PRODUCT * layers.multiplications())
 
 
 class ClosureResiduals:
@@ -66,26 +92,11 @@ class ClosureResiduals:
         """Whether the loss is a sum of their squares, and nothing else."""
         return bool(self._evaluation.coverage.squares)
 
-    def cost(self, known: tuple[int, int, float] | None) -> tuple[int, int, float]:
-        """Their number, that of the parameters, and the products that their space costs.
-
-        Infinite where there is none, or no memory for it.
-
-        ``known``: what this was; looked at again where the numbers differ.
-        """
+    def cost(self, known: Known | None) -> Known:
+        """As ``cost_of``; infinite where there is no such form."""
         if self._curvature is None or self._evaluation.partial:
             return 0, 0, math.inf
-        jacobian = self._curvature.jacobian
-        m, n = jacobian.shape
-        if known is not None and known[:2] == (m, n):
-            return known
-        small = min(m, n)
-        if COPIES * (small**2 + (m * n if m > n else 0)) * jacobian.dtype.itemsize > self._memory:
-            return m, n, math.inf
-        layers = Layers(jacobian, range(len(jacobian.parameters)))
-        # Where a layer is not read.
-        passes = layers.passes + (small if layers.unread else 0)
-        return m, n, residual_cost(m, n, passes, PRODUCT * layers.multiplications())
+        return cost_of(self._curvature.jacobian, known, self._memory)
 
     def columns(self) -> Tensor | None:
         """Norms of the columns of their Jacobian, as functions of the parameters, shape (n,)."""
@@ -113,8 +124,11 @@ class ClosureResiduals:
         calls, rows = self._evaluation.coverage.squares, self._rows
         if not calls or rows is None:
             return None
+        log = LossLog(in_graph=False)
         with self._meter.evaluation(), trial(self._decay.parameters, self.scaling.times(step)):
-            outputs = self._evaluator.outputs(calls)
+            self._evaluator.value(log)
+            # Of parameters themselves only meanwhile.
+            outputs = log.outputs(calls)
         if outputs is None:
             return None
         pairs = zip(outputs, rows.jacobian.outputs, strict=True)

@@ -9,21 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optim.closure.evaluate import Evaluation
 from optim.methods import control, search
 from optim.methods.acceleration import Acceleration
 from optim.methods.batches import GAIN, LEAST_RATIO, MORE, BatchNoise
 from optim.methods.control import Rule
 from optim.methods.formed import Formed
-from optim.methods.forms import BENT, Form, choose, usual_cost
+from optim.methods.forms import BENT, USUAL, Form, choose, usual_cost
 from optim.methods.grown import Grown, Growth
 from optim.methods.problem import QuadraticModel, Trial
 from optim.methods.residual import Residual
+from optim.methods.sampling import share_of
 from optim.methods.step import Options, Outcome, Step
 from optim.methods.subspace import Bound, Subspace
 from optim.methods.truncated import Sketch, Solver, Truncated
-from optim.optimizers.groups import Groups, rates
+from optim.optimizers.groups import Groups, moving, rates
 from optim.optimizers.kept import LAST, SKETCH, SOLUTION, STEP, VECTORS, Kept
 from optim.optimizers.problem import ClosureProblem
+from optim.optimizers.residuals import cost_of
+from secondorder.operators.parameters import Jacobian
 from secondorder.vectors.flat import is_finite
 
 # The first one, of that which halves the step to the minimum along the gradient: a tenth of the curvature
@@ -138,6 +142,24 @@ def _options(group: Mapping[str, Any], is_first: bool, lr: float | Tensor, noise
     )
 
 
+def prefers_residuals(evaluation: Evaluation, groups: Sequence[dict[str, Any]], method: Method) -> bool:
+    """Whether the space of all residuals is worth less products than one by a part of the samples takes."""
+    group, coverage = groups[0], evaluation.coverage
+    outputs = [output for block in coverage.blocks for output in block.outputs]
+    moves = any(float(each["lr"]) > 0 for each in groups)
+    if group["curvature_batch"] != "auto" or evaluation.partial or not (outputs and moves):
+        return False
+    jacobian = Jacobian(outputs, moving(groups), keep_graph=False)
+    cost = cost_of(jacobian, group["residual_cost"], group["memory"])
+    for each in groups:
+        each["residual_cost"] = cost
+    worth = cost[-1] / (BENT if group["acceleration"] and coverage.squares else 1.0)
+    share = share_of(group["curvature_share"], coverage.rows)
+    part = {**group, "usual_products": share * (group["usual_products"] or USUAL)}
+    form = form_of(part, method, jacobian.shape[1], jacobian.dtype, worth)
+    return form.name == "residual" or group["spring"] > 0 or group["scaling"] != "identity"
+
+
 def _bending(options: Options, problem: ClosureProblem, group: Mapping[str, Any], space: Residual) -> Options:
     """With acceleration, which is that of whole steps, in place of multiples of them."""
     if not group["acceleration"] or options.rate != 1.0 or not problem.residuals.are_squares:
@@ -204,7 +226,8 @@ def _form_and_space(
     if method.by_residuals:
         needs = [name for name in ("spring", "scaling") if group[name] not in (0.0, "identity")]
         cost = problem.residuals.cost(group["residual_cost"])
-        state.learn(residual_cost=cost)
+        if cost[0]:
+            state.learn(residual_cost=cost)
         bends = group["acceleration"] and problem.residuals.are_squares
         form = form_of(group, method, n, dtype, cost[-1] / (BENT if bends else 1.0))
         if needs and form.name != "formed":

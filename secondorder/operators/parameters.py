@@ -254,6 +254,12 @@ class ThroughOutputs(ParameterOperator):
         """Those of the Jacobian."""
         return self.jacobian.differentiated()
 
+    def multiplied(self, parts: Sequence[Tensor], batched: bool = False) -> list[Tensor]:
+        """The product in parts; of a network that only hands its inputs on, ``M u``."""
+        jacobian = self.jacobian
+        is_identity = list(map(id, jacobian.outputs)) == list(map(id, self.parameters))
+        return self._middle(list(parts), batched) if is_identity else self._apply(parts, batched)
+
     def _apply(self, parts: Sequence[Tensor], batched: bool) -> list[Tensor]:
         jacobian = self.jacobian
         return jacobian.backward(self._middle(jacobian.forward(parts, batched), batched), batched)

@@ -22,7 +22,10 @@ BATCH, EPOCHS = 128, 5
 
 
 def make(name: str, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Ours at their defaults; Adam with the rate in its name; LBFGS as one uses it for precision."""
+    """Ours at their defaults; Adam with the rate in its name; LBFGS as one uses it for precision.
+
+    "HessianFree all": with the curvature of all samples.
+    """
     if name == "LBFGS":
         return torch.optim.LBFGS(
             parameters,
@@ -33,7 +36,8 @@ def make(name: str, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         )
     if name.startswith("Adam"):
         return torch.optim.Adam(parameters, lr=float(name.removeprefix("Adam")))
-    return getattr(optim, name)(parameters)
+    kind, _, samples = name.partition(" ")
+    return getattr(optim, kind)(parameters, **({"curvature_batch": None} if samples == "all" else {}))
 
 
 class Cost(NamedTuple):
@@ -51,7 +55,7 @@ class Counter:
     """
 
     def __init__(self, name: str, net: torch.nn.Module, observe: Callable[[float], None] | None = None):
-        self.reports = name in OURS
+        self.reports = name.partition(" ")[0] in OURS
         self.optimizer = make(name, list(net.parameters()))
         self.observe = observe or (lambda loss: None)
         self.gradients = 0.0

@@ -1,16 +1,19 @@
 """An interrupt at any moment of a step leaves everything as it was, bit for bit."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as hooks
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.overrides import TorchFunctionMode
 
 import optim
 import secondorder
+from secondorder.operators.samples import SampledGaussNewton
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = X[:, :3].argmax(1)
@@ -58,6 +61,8 @@ class Config:
         identities = [[id(p.grad), p.grad is None, p.data_ptr()] for p in model.parameters()]
         settings = [torch._C._len_torch_function_stack(), torch.is_grad_enabled()]
         settings += [len(layer._forward_hooks) for layer in model]
+        settings += [len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)]
+        settings += [len(hooks._global_forward_hooks_with_kwargs), len(warnings.filters)]
         return [t.detach().clone() for t in tensors], copy.deepcopy(options), identities, settings
 
 
@@ -92,6 +97,10 @@ CONFIGS = {
     ),
     "hessian_free_groups": lambda: Config(optim.HessianFree, spectral, groups=True),
     "hessian_free_watched": lambda: Config(optim.HessianFree, normed, watched=True),
+    "hessian_free_sampled": lambda: Config(lambda p: optim.HessianFree(p, curvature_batch=5), spectral),
+    "hessian_free_watched_sampled": lambda: Config(
+        lambda p, model: optim.HessianFree(p, model=model, curvature_batch=5), plain, watched=True
+    ),
     "gauss_newton": lambda: Config(optim.GaussNewton, spectral),
     "gauss_newton_cg": lambda: Config(
         lambda p: optim.GaussNewton(p, solver="cg"), plain, dtype=torch.bfloat16
@@ -138,7 +147,7 @@ def in_forwards(bomb, config, monkeypatch):
 
 
 def in_products(bomb, config, monkeypatch):
-    for operator in (secondorder.Hessian, secondorder.GaussNewton):
+    for operator in (secondorder.Hessian, secondorder.GaussNewton, SampledGaussNewton):
         for name in ("_matvec", "_matmat"):
             product = getattr(operator, name)
             monkeypatch.setattr(
