@@ -25,6 +25,7 @@ ORDER = [
     "secondorder.autodiff.decompose",
     "secondorder.autodiff.ladder",
     "secondorder.autodiff.convolutions",
+    "secondorder.autodiff.fused",
     "secondorder.autodiff.backward",
     "secondorder.decompose",
     "secondorder.functional",

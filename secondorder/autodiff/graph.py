@@ -285,6 +285,10 @@ def _hides_derivative(function: Any) -> str:
     return ""
 
 
+class Fused(torch.autograd.Function):
+    """Base of our own Functions, whose derivatives are those of the operations that they stand for."""
+
+
 def between(outputs: Iterable[Source | None], inputs: Iterable[Tensor]) -> list[Node]:
     """The nodes on the paths from ``outputs`` to ``inputs``."""
     inputs = list(inputs)
@@ -315,7 +319,9 @@ def may_convolve(node: Node) -> bool:
 
 def _is_function(node: Node, name: str) -> bool:
     """Whether a node is a custom one: in Python, or in C++ as torch::autograd::CppNode<...>."""
-    return isinstance(node, _PythonNode) or "CppNode" in name
+    if isinstance(node, _PythonNode):
+        return not issubclass(node._forward_cls, Fused)
+    return "CppNode" in name
 
 
 def _is_custom(node: Node, name: str) -> bool:

@@ -13,6 +13,7 @@ from secondorder.autodiff import graph, switches
 from secondorder.autodiff.backward import HessianGraph
 from secondorder.autodiff.convolutions import lighten_gradients
 from secondorder.autodiff.decompose import forward_mode
+from secondorder.autodiff.fused import fused
 from secondorder.autodiff.guard import RandomState, undo_writes
 from secondorder.vectors import arguments
 from secondorder.vectors.arguments import MaybeTensors, Tensors
@@ -88,7 +89,8 @@ def differentiate(
         hooks = graph.HookCount()
         value, aux = arguments.call_scalar(func, inputs, name, strict, has_aux)
         graph.refuse_wrong((value,), inputs, create_graph=create_graph)
-        gradient = arguments.grad((value,), inputs, create_graph=True)
+        with fused(() if create_graph else (value,)):
+            gradient = arguments.grad((value,), inputs, create_graph=True)
         arguments.require_grad_of_jacobian(gradient, strict)
     is_plain = not hooks.has_grown() and _is_real_and_dense((*inputs, *(vector or ())))
     return Point(inputs, is_inputs_tuple, vector, value, gradient, aux, is_plain)

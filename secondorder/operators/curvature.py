@@ -17,6 +17,7 @@ from secondorder.autodiff import ladder
 from secondorder.autodiff.backward import HessianGraph, Pass
 from secondorder.autodiff.compat import grad_of_fitting
 from secondorder.autodiff.convolutions import lighten_gradients
+from secondorder.autodiff.fused import fused
 from secondorder.autodiff.graph import Kinds, Source, refuse_wrong
 from secondorder.functional import output_hessians
 from secondorder.operators.parameters import Jacobian, ParameterOperator, ThroughOutputs, tried
@@ -142,7 +143,8 @@ class Hessian(ParameterOperator):
     def _differentiate(self) -> MaybeTensors:
         arguments.refuse_inference_mode()
         one = (torch.ones_like(self._loss),)
-        return grad_of_fitting((self._loss,), self.parameters, one, create_graph=True)
+        with fused((self._loss,)):
+            return grad_of_fitting((self._loss,), self.parameters, one, create_graph=True)
 
     def _pass_of(self, grads: MaybeTensors) -> Pass:
         if self._by_rows:

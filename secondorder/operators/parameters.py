@@ -15,6 +15,7 @@ from secondorder.autodiff import graph, ladder
 from secondorder.autodiff.backward import Pass, cotangents
 from secondorder.autodiff.convolutions import lighten_rows
 from secondorder.autodiff.decompose import current
+from secondorder.autodiff.fused import fused
 from secondorder.autodiff.graph import Source, has_graph, like
 from secondorder.operators.linear import LinearOperator
 from secondorder.vectors import arguments
@@ -184,7 +185,8 @@ class Jacobian(LinearOperator):
         graph.refuse_wrong_rows(self._sources, self.parameters)
         with torch.enable_grad():
             duals = cotangents(self.outputs)
-            pulled = self._backward.in_graph(duals)
+            with fused(self._sources, rows=True):
+                pulled = self._backward.in_graph(duals)
         lighten_rows(pulled, self._sources)
         return Pass(pulled, duals)
 
