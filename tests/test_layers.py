@@ -26,6 +26,7 @@ ORDER = [
     "secondorder.autodiff.ladder",
     "secondorder.autodiff.convolutions",
     "secondorder.autodiff.fused",
+    "secondorder.autodiff.lighter",
     "secondorder.autodiff.backward",
     "secondorder.decompose",
     "secondorder.functional",

@@ -13,17 +13,13 @@ Where these are to be differentiated too, they are computed in pieces, as torch'
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
-from torch.utils.checkpoint import CheckpointError
-from torch.utils.hooks import RemovableHandle
 
 from secondorder.autodiff import graph
 
@@ -304,7 +300,7 @@ def _sum_of_products(c: Tensor | None, *pairs: tuple[Tensor | None, Tensor | Non
     return c if total is None else total
 
 
-class _Replaced(NamedTuple):
+class Replaced(NamedTuple):
     """How the backward pass of an operation is replaced.
 
     Attributes:
@@ -345,67 +341,18 @@ def _mm(node: Any) -> tuple[Any, ...]:
     return node._saved_self, node._saved_mat2
 
 
-_SOFTMAX = _Replaced({"SoftmaxBackwardDataBackward0"}, _SoftmaxBackward, _softmax)
+_SOFTMAX = Replaced({"SoftmaxBackwardDataBackward0"}, _SoftmaxBackward, _softmax)
 _MATRICES = {"MmBackward0", "TBackward0"}
 # Of the gradient for a bias, summed over rows.
 _ROWS = {"SumBackward1", "ViewBackward0"}
-_REPLACED = {
-    "GeluBackward0": _Replaced({"GeluBackwardBackward0"}, _GeluBackward, _gelu),
+# By the name of the node of the forward pass.
+REPLACED = {
+    "GeluBackward0": Replaced({"GeluBackwardBackward0"}, _GeluBackward, _gelu),
     "SoftmaxBackward0": _SOFTMAX,
     "SafeSoftmaxBackward0": _SOFTMAX,
-    "LogSoftmaxBackward0": _Replaced({"LogSoftmaxBackwardDataBackward0"}, _LogSoftmaxBackward, _softmax),
-    "NativeLayerNormBackward0": _Replaced({"NativeLayerNormBackwardBackward0"}, _NormBackward, _layer_norm),
-    "AddmmBackward0": _Replaced({*_MATRICES, *_ROWS}, _ProductBackward, _addmm),
-    "MmBackward0": _Replaced(_MATRICES, _ProductBackward, _mm),
-    "BmmBackward0": _Replaced({"BmmBackward0"}, _ProductBackward, _mm),
+    "LogSoftmaxBackward0": Replaced({"LogSoftmaxBackwardDataBackward0"}, _LogSoftmaxBackward, _softmax),
+    "NativeLayerNormBackward0": Replaced({"NativeLayerNormBackwardBackward0"}, _NormBackward, _layer_norm),
+    "AddmmBackward0": Replaced({*_MATRICES, *_ROWS}, _ProductBackward, _addmm),
+    "MmBackward0": Replaced(_MATRICES, _ProductBackward, _mm),
+    "BmmBackward0": Replaced({"BmmBackward0"}, _ProductBackward, _mm),
 }
-
-
-@contextlib.contextmanager
-def fused(outputs: Iterable[graph.Source | None], *, rows: bool = False) -> Iterator[None]:
-    """Context of a backward pass from ``outputs`` with ``create_graph=True``, whose graph is made lighter.
-
-    The graph of ``outputs`` itself stays as it is: hooks are on it for as long as the context lasts, and
-    leave gradients without a graph alone.
-
-    Args:
-        outputs: What is differentiated.
-        rows: The pass gives ``J^T u``, to be differentiated with respect to ``u`` and nothing else.
-    """
-    before = RemovableHandle.next_id
-    found = [(node, _REPLACED[node.name()]) for node in graph.nodes(outputs) if node.name() in _REPLACED]
-    handles = [node.register_hook(partial(_replace, node, how, rows)) for node, how in found]
-    graph.HookCount.own += RemovableHandle.next_id - before
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _replace(node: Node, how: _Replaced, rows: bool, results: Grads, grads: Grads) -> Grads | None:
-    """Hook of a node: its results, in the graph by our node in place of torch's."""
-    g = grads[0]
-    made = [result.grad_fn for result in results if result is not None]
-    if g is None or not _is_plain(g) or not made or any(x is None or x.name() not in how.made for x in made):
-        return None
-    try:
-        saved = how.saved(node)
-    except CheckpointError:
-        # What a checkpoint computes again it gives once in a pass, and the node itself has it.
-        return None
-    if saved is None or any(part.dtype != g.dtype for part in saved if isinstance(part, Tensor)):
-        return None
-    if rows:
-        saved = tuple(part.detach() if isinstance(part, Tensor) else part for part in saved)
-    found = how.node.apply(*(None if value is None else value.detach() for value in results), g, *saved)
-    return (found,) if isinstance(found, Tensor) else found
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) is Tensor
-        and tensor.layout is torch.strided
-        and tensor.dtype in (torch.float32, torch.float64)
-        and tensor.numel() > 0
-    )

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from secondorder.autodiff import graph, ladder
 from secondorder.autodiff.backward import HessianGraph, cotangents, try_product
+from secondorder.autodiff.convolutions import lighten_rows
+from secondorder.autodiff.lighter import light_grad
 from secondorder.functional import output_hessians
 from secondorder.vectors import arguments
 from secondorder.vectors.arguments import Tensors
@@ -171,7 +173,11 @@ def _through_outputs(
         graph.refuse_wrong_rows(found.tensors, inputs, create_graph=create_graph)
         value, multiply = middle(found.tensors)
         duals = cotangents(found.tensors)
-        rows = arguments.grad(found.tensors, inputs, duals, create_graph=True)
+        if create_graph:
+            rows = arguments.grad(found.tensors, inputs, duals, create_graph=True)
+        else:
+            rows = light_grad(found.tensors, inputs, duals, rows=True, unread=True)
+            lighten_rows(rows, found.tensors)
         arguments.require_grad_of_grad_inputs(rows, strict)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
         columns = arguments.grad(rows, duals, vector, create_graph=create_graph, retain_graph=True)

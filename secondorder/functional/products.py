@@ -13,6 +13,7 @@ from secondorder.autodiff import graph, ladder, switches
 from secondorder.autodiff.backward import cotangents, gradient_of, try_product
 from secondorder.autodiff.convolutions import lighten_rows
 from secondorder.autodiff.decompose import forward_mode
+from secondorder.autodiff.lighter import light_grad
 from secondorder.functional import second_order
 from secondorder.functional.second_order import Point
 from secondorder.vectors import arguments
@@ -200,7 +201,7 @@ def vhp(
     """
 
     def compute() -> tuple[Any, ...]:
-        point = second_order.differentiate(func, inputs, v, create_graph, strict, has_aux, "vhp")
+        point = second_order.differentiate(func, inputs, v, create_graph, strict, has_aux, return_grad, "vhp")
         product = second_order.left_product(point, create_graph, strict)
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
 
@@ -271,7 +272,7 @@ def hvp(
             point, product = second_order.finite_differences(func, inputs, v, create_graph, has_aux)
         else:
             point, product = second_order.over_reverse(
-                func, inputs, v, create_graph, strict, strategy, has_aux
+                func, inputs, v, create_graph, strict, strategy, has_aux, return_grad
             )
         return _second_order_results(point, product, create_graph, return_grad, has_aux)
 
@@ -314,8 +315,10 @@ def _double_backward(
         found = arguments.call(func, inputs, "jvp", strict, has_aux)
         graph.refuse_wrong_rows(found.tensors, inputs, create_graph=create_graph)
         duals = cotangents(found.tensors)
-        grads = arguments.grad(found.tensors, inputs, duals, create_graph=True)
-        if not create_graph:
+        if create_graph:
+            grads = arguments.grad(found.tensors, inputs, duals, create_graph=True)
+        else:
+            grads = light_grad(found.tensors, inputs, duals, rows=True, unread=True)
             lighten_rows(grads, found.tensors)
         arguments.require_grad_of_grad_inputs(grads, strict)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):

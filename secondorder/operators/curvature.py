@@ -15,10 +15,9 @@ from torch import Tensor
 
 from secondorder.autodiff import ladder
 from secondorder.autodiff.backward import HessianGraph, Pass
-from secondorder.autodiff.compat import grad_of_fitting
 from secondorder.autodiff.convolutions import lighten_gradients
-from secondorder.autodiff.fused import fused
 from secondorder.autodiff.graph import Kinds, Source, refuse_wrong
+from secondorder.autodiff.lighter import light_grad
 from secondorder.functional import output_hessians
 from secondorder.operators.parameters import Jacobian, ParameterOperator, ThroughOutputs, tried
 from secondorder.vectors import arguments
@@ -100,7 +99,7 @@ class Hessian(ParameterOperator):
         _check_loss(loss)
         refuse_wrong((loss,), self.parameters, is_given=True)
         self._loss = loss
-        grads = self._differentiate()
+        grads = self._differentiate(unread=False)
         if all(grad is None for grad in grads):
             raise ValueError("loss must depend on at least one of the parameters, but it does on none.")
         self.gradient = flatten(
@@ -140,11 +139,8 @@ class Hessian(ParameterOperator):
 
         return ladder.climb(build)
 
-    def _differentiate(self) -> MaybeTensors:
-        arguments.refuse_inference_mode()
-        one = (torch.ones_like(self._loss),)
-        with fused((self._loss,)):
-            return grad_of_fitting((self._loss,), self.parameters, one, create_graph=True)
+    def _differentiate(self, unread: bool) -> MaybeTensors:
+        return light_grad((self._loss,), self.parameters, unread=unread)
 
     def _pass_of(self, grads: MaybeTensors) -> Pass:
         if self._by_rows:
@@ -155,7 +151,7 @@ class Hessian(ParameterOperator):
 
     def _pass(self) -> Pass:
         """The backward pass that multiplies, through a graph that is kept or built anew."""
-        return self._pass_of(self._differentiate()) if self._kept is None else self._kept
+        return self._pass_of(self._differentiate(unread=True)) if self._kept is None else self._kept
 
     def differentiated(self) -> Iterable[Tensor | None]:
         """The gradient in the graph, kept or taken anew."""
@@ -340,7 +336,7 @@ def _curved(block: Block | GradientBlock) -> tuple[HessianGraph, list[Source]]:
 def _differentiated(block: Block) -> tuple[Tensor, MaybeTensors]:
     if not block.loss.requires_grad or not all(output.requires_grad for output in block.outputs):
         raise ValueError("loss and outputs must carry a graph; compute them with gradients on.")
-    grads = torch.autograd.grad(block.loss, block.outputs, block.weight, create_graph=True, allow_unused=True)
+    grads = light_grad((block.loss,), block.outputs, (block.weight,))
     if all(grad is None for grad in grads):
         raise ValueError("loss must depend on outputs; pass the tensors it was computed from.")
     return block.loss, grads

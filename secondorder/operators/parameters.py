@@ -15,7 +15,6 @@ from secondorder.autodiff import graph, ladder
 from secondorder.autodiff.backward import Pass, cotangents
 from secondorder.autodiff.convolutions import lighten_rows
 from secondorder.autodiff.decompose import current
-from secondorder.autodiff.fused import fused
 from secondorder.autodiff.graph import Source, has_graph, like
 from secondorder.operators.linear import LinearOperator
 from secondorder.vectors import arguments
@@ -185,8 +184,7 @@ class Jacobian(LinearOperator):
         graph.refuse_wrong_rows(self._sources, self.parameters)
         with torch.enable_grad():
             duals = cotangents(self.outputs)
-            with fused(self._sources, rows=True):
-                pulled = self._backward.in_graph(duals)
+            pulled = self._backward.rows(duals)
         lighten_rows(pulled, self._sources)
         return Pass(pulled, duals)
 
