@@ -62,9 +62,13 @@ class _GeluBackward(graph.Fused):
         if g is None:
             return None, for_g, None, None
         bend = _BENDS[ctx.approximate](x).mul_(g) if ctx.bend is None else ctx.bend
+        if ctx.is_kept or torch._C._are_functorch_transforms_active():
+            for_x = a * bend
+        else:
+            for_x, bend = bend.mul_(a), None
         # A graph that is passed again is kept, and what its passes share is worth a tensor.
         ctx.bend, ctx.is_kept = (bend if ctx.is_kept else None), True
-        return None, for_g, a * bend, None
+        return None, for_g, for_x, None
 
 
 def _bend(x: Tensor) -> Tensor:
@@ -223,10 +227,10 @@ def _norm_double_backward(
     Pa = None if a is None else rows.pulled(a)
     if Pa is not None:
         for_g = Pa * rows.w if for_g is None else torch.addcmul(for_g, Pa, rows.w)
-    if g is None:
+    if g is None or moment is None:
         return for_g, None, None
     g = g.reshape_as(rows.x)
-    if Pa is None:
+    if a is None or Pa is None:
         return for_g, None if b is None else rows.pulled(g * b), None
     product, slope = g * Pa, rows.r * (xh * a).mean(1, keepdim=True)
     k = -slope * rows.w if b is None else torch.addcmul(b, slope, rows.w, value=-1)
@@ -249,7 +253,7 @@ def _norm_backward(g: Tensor, x: Tensor, w: Tensor | None, *, r: Tensor) -> Grad
 
 
 class _ProductBackward(graph.Fused):
-    """``s(g)``, ``g W^T`` and ``X^T g``, the backward pass of ``X W + bias``, of matrices or of batches of them.
+    """``s(g)``, ``g W^T``, ``X^T g``: the backward pass of ``X W + bias``, of matrices or batches of them.
 
     For cotangents ``c``, ``a`` and ``b`` of these the derivative is
 
@@ -263,6 +267,7 @@ class _ProductBackward(graph.Fused):
         *values, g, X, W = args
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g if any(ctx.needs_input_grad[-2:]) else None, X, W)
+        ctx.shape = g.shape
         return tuple(values)
 
     @staticmethod
@@ -275,6 +280,8 @@ class _ProductBackward(graph.Fused):
         for_g = for_X = for_W = None
         if ctx.needs_input_grad[-3]:
             for_g = _sum_of_products(c[0] if c else None, (a, W), (X, b))
+            # The gradient for the bias alone: a row for all.
+            for_g = None if for_g is None else for_g.expand(ctx.shape)
         if b is not None and ctx.needs_input_grad[-2]:
             for_X = g @ b.mT
         if a is not None and ctx.needs_input_grad[-1]:

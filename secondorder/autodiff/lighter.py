@@ -56,9 +56,15 @@ def light_grad(
     outputs, inputs, v = tuple(z for z, _ in pairs), tuple(inputs), tuple(u for _, u in pairs)
     nodes = _nodes(outputs)
     weights = _weights(nodes, outputs, inputs) if unread else {}
-    found = _run(nodes, weights, rows, outputs, inputs, v)
-    # A node that was not replaced has no place for a gradient that is not computed.
-    return _run(nodes, {}, rows, outputs, inputs, v) if found is None else found
+    if weights:
+        unasked = {weight.position for weight in weights.values()}
+        asked = tuple(x for i, x in enumerate(inputs) if i not in unasked)
+        made: dict[int, Tensor] = {}
+        grads = iter(_run(nodes, rows, weights, made, outputs, asked, v))
+        if len(made) == len(weights):
+            return tuple(made[i] if i in unasked else next(grads) for i in range(len(inputs)))
+        # A node that was not replaced has no place for a gradient that is not computed.
+    return _run(nodes, rows, {}, {}, outputs, inputs, v)
 
 
 def _nodes(outputs: Iterable[Any]) -> list[Node]:
@@ -69,11 +75,11 @@ class _Weight(NamedTuple):
     """An input that a linear layer multiplies by, and nothing else in the graph.
 
     Attributes:
-        index: Among the inputs.
+        position: Among the inputs.
         is_transposed: Whether it is multiplied by as its transpose.
     """
 
-    index: int
+    position: int
     is_transposed: bool
 
 
@@ -115,16 +121,14 @@ def _is_linear(node: Any, leaves: dict[int, int]) -> bool:
 
 def _run(
     nodes: Iterable[Node],
-    weights: dict[Node, _Weight],
     rows: bool,
+    weights: dict[Node, _Weight],
+    made: dict[int, Tensor],
     outputs: tuple[Any, ...],
     inputs: tuple[Any, ...],
     v: tuple[Tensor, ...],
-) -> MaybeTensors | None:
-    """The pass; None where a gradient that is not read could not be left out."""
-    unread = {weight.index for weight in weights.values()}
-    asked = tuple(x for i, x in enumerate(inputs) if i not in unread)
-    made: dict[int, Tensor] = {}
+) -> MaybeTensors:
+    """The pass; ``made`` is filled with the gradients for ``weights``, by position, that hold no values."""
     before = RemovableHandle.next_id
     handles = [
         node.register_hook(partial(_replace, node, REPLACED[node.name()], rows, weights.get(node), made))
@@ -133,13 +137,10 @@ def _run(
     ]
     graph.HookCount.own += RemovableHandle.next_id - before
     try:
-        grads = iter(grad_of_fitting(outputs, asked, v, create_graph=True))
+        return grad_of_fitting(outputs, inputs, v, create_graph=True)
     finally:
         for handle in handles:
             handle.remove()
-    if len(made) < len(weights):
-        return None
-    return tuple(made[i] if i in unread else next(grads) for i in range(len(inputs)))
 
 
 def _replace(
@@ -176,7 +177,7 @@ def _replace(
     ours = (ours,) if isinstance(ours, Tensor) else ours
     if weight is None:
         return ours
-    made[weight.index] = ours[-1].t() if weight.is_transposed else ours[-1]
+    made[weight.position] = ours[-1].t() if weight.is_transposed else ours[-1]
     return (*ours[:-1], None)
 
 
