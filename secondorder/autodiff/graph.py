@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -349,6 +350,12 @@ def nodes(tensors: Iterable[Source | None], stops: Iterable[Source] = ()) -> lis
                 seen.add(following)
                 found.append(following)
     return found
+
+
+def pass_bytes(outputs: Iterable[Source | None]) -> int:
+    """What the gradients of a backward pass take, all held at once: more than the pass does. In bytes."""
+    made = (made for node in nodes(outputs) for made in node._input_metadata)
+    return sum(math.prod(m.shape) * m.dtype.itemsize for m in made)
 
 
 def _roots(tensors: Iterable[Source | None]) -> Iterator[Node]:

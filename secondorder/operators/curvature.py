@@ -64,7 +64,8 @@ class Hessian(ParameterOperator):
         keep_graph: Keep the graph of the gradient between products; without it only the graph of the loss is
             kept, and each product takes the gradient anew.
         batched: How a block of vectors is multiplied: True, in one batched backward pass; False, one after
-            another; None, whichever is faster, measured with the first block of at least eight columns.
+            another; None, in pieces as wide as is fastest, measured with the first block of at least eight
+            columns, and as memory allows.
 
     Attributes:
         gradient: Of the loss, flat.
