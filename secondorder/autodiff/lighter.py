@@ -187,5 +187,4 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and tensor.dtype in (torch.float32, torch.float64)
         and tensor.numel() > 0
-        and not torch._C._are_functorch_transforms_active()
     )

@@ -84,8 +84,8 @@ class Pieces:
         try:
             # The first call of each does not count: torch prepares its batching rules.
             if _agree(together(few)[:, 0], alone(first)):
-                self.seconds[NARROWEST] = _seconds(together, few) / NARROWEST
-                self.seconds[1] = min(_seconds(alone, first) for _ in range(3))
+                self.seconds[NARROWEST] = _timed(together, few)[1] / NARROWEST
+                self.seconds[1] = min(_timed(alone, first)[1] for _ in range(3))
         except RuntimeError:
             # An operation without a batching rule; a loop says what else may be wrong.
             self.seconds = {1: math.inf}
@@ -103,14 +103,11 @@ class Pieces:
         if width <= max(self.seconds):
             return together(part)
         try:
-            _synchronize(part.device)
-            start = time.perf_counter()
-            product = together(part)
-            _synchronize(part.device)
+            product, seconds = _timed(together, part)
         except torch.OutOfMemoryError:
             self.seconds[width] = math.inf
             return None
-        self.seconds[width] = (time.perf_counter() - start) / width
+        self.seconds[width] = seconds / width
         return product
 
 
@@ -121,17 +118,16 @@ def _agree(first: Tensor, second: Tensor) -> bool:
     return not bool(((first - second).abs() > tolerance * scale).any())
 
 
-def _seconds(function: Product, argument: Tensor) -> float:
-    _synchronize(argument.device)
+def _timed(function: Product, argument: Tensor) -> tuple[Tensor, float]:
+    """The product, and the seconds that it takes: on CPU those of this thread, whatever else runs there."""
+    if argument.device.type == "cpu":
+        start = time.thread_time()
+        return function(argument), time.thread_time() - start
+    torch.accelerator.synchronize(argument.device)
     start = time.perf_counter()
-    function(argument)
-    _synchronize(argument.device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    product = function(argument)
+    torch.accelerator.synchronize(argument.device)
+    return product, time.perf_counter() - start
 
 
 def _affordable(column_bytes: int, device: torch.device) -> int:
