@@ -56,37 +56,43 @@ class _GeluBackward(graph.Fused):
     def backward(ctx: Any, a: Tensor) -> Grads:
         g, x = ctx.saved_tensors
         slope = partial(_aten.gelu_backward, approximate=ctx.approximate)
-        if g is not None and torch.is_grad_enabled():
-            return None, *_by_pieces(slope, (g, x), (a,)), None
-        for_g = slope(a, x) if ctx.needs_input_grad[1] else None
         if g is None:
-            return None, for_g, None, None
-        bend = _BENDS[ctx.approximate](x).mul_(g) if ctx.bend is None else ctx.bend
+            return None, slope(a, x), None, None
+        if torch.is_grad_enabled():
+            return None, *_by_pieces(slope, (g, x), (a,)), None
         if ctx.is_kept or torch._C._are_functorch_transforms_active():
-            for_x = a * bend
+            bend = _BENDS[ctx.approximate](x)[0].mul_(g) if ctx.bend is None else ctx.bend
+            # A graph that is passed again is kept, and what its passes share is worth a tensor.
+            ctx.bend = bend if ctx.is_kept else None
+            for_g, for_x = slope(a, x), a * bend
         else:
-            for_x, bend = bend.mul_(a), None
-        # A graph that is passed again is kept, and what its passes share is worth a tensor.
-        ctx.bend, ctx.is_kept = (bend if ctx.is_kept else None), True
+            # Memory that is new to the process costs more than the arithmetic.
+            bend, memory = _BENDS[ctx.approximate](x)
+            for_x = bend.mul_(g).mul_(a)
+            for_g = _aten.gelu_backward.grad_input(a, x, approximate=ctx.approximate, grad_input=memory)
+        ctx.is_kept = True
         return None, for_g, for_x, None
 
 
-def _bend(x: Tensor) -> Tensor:
-    """``f'' = (2 - x^2) phi(x)`` for ``f = x Phi(x)``, with the normal density and distribution."""
+def _bend(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``f'' = (2 - x^2) phi(x)`` for ``f = x Phi(x)``, with the normal density and distribution.
+
+    And memory of its shape to be written over.
+    """
     square = x * x
     density = torch.rsub(square, math.log(1 / math.sqrt(2 * math.pi)), alpha=0.5).exp_()
-    return density.mul_(square.neg_().add_(2))
+    return density.mul_(square.neg_().add_(2)), square
 
 
-def _bend_of_tanh(x: Tensor) -> Tensor:
-    """``f''`` for ``f = x (1 + t) / 2``, ``t = tanh(u)``, ``u = k (x + c x^3)``."""
+def _bend_of_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``f''`` for ``f = x (1 + t) / 2``, ``t = tanh(u)``, ``u = k (x + c x^3)``; and memory."""
     k, c = math.sqrt(2 / math.pi), 0.044715
     square = x * x
     t = (square * (k * c)).add_(k).mul_(x).tanh_()
     slope = (square * (3 * k * c)).add_(k)
     # (1 - t^2) (u' + x u'' / 2 - x t u'^2), where x u'' / 2 = 3 k c x^2.
     bend = slope - slope.square().mul_(x).mul_(t)
-    return bend.add_(square, alpha=3 * k * c).mul_(torch.rsub(t.square(), 1))
+    return bend.add_(square, alpha=3 * k * c).mul_(t.square_().neg_().add_(1)), square
 
 
 _BENDS = {"none": _bend, "tanh": _bend_of_tanh}

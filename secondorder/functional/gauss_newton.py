@@ -59,7 +59,7 @@ def ggnvp(
         RuntimeError: ``v`` is missing or has the wrong sizes; ``loss`` does not return a scalar; ``strict``
             found no dependence.
 
-    Cost: about 2.7 gradients, and up to 2.5 times the peak memory of one; ``GaussNewton`` keeps the graph for
+    Cost: 1.8 to 2.4 gradients, and up to 2.3 times the peak memory of one; ``GaussNewton`` keeps the graph for
     further products at 0.9 to 1.6.
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
@@ -123,7 +123,7 @@ def fvp(
             no use; ``num_samples`` is not positive.
         RuntimeError: ``v`` is missing or has the wrong sizes; ``strict`` found no dependence.
 
-    Cost: about 2.7 gradients, and up to 2.5 times the peak memory of one.
+    Cost: 1.8 to 2.4 gradients, and up to 2.3 times the peak memory of one.
 
     Reference: Martens (2020), New insights and perspectives on the natural gradient method, sections 5 and
         11.

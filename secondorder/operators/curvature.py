@@ -76,8 +76,8 @@ class Hessian(ParameterOperator):
             ``parameters`` is empty, mixed or frozen.
         RuntimeError: ``loss`` was computed with an operation whose second derivative torch gets wrong.
 
-    Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.3 gradients (transformer), 1.9 to
-    3.1 without ``keep_graph``. Memory, in peaks of a gradient: up to 2.2 are held and a product adds up to
+    Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.2 gradients (transformer), 1.5 to
+    2.9 without ``keep_graph``. Memory, in peaks of a gradient: up to 2.2 are held and a product adds up to
     1.7; without ``keep_graph`` 1.0 and 2.7 (``tests/operators/test_memory.py``).
 
     Reference: Pearlmutter (1994), Fast exact multiplication by the Hessian.
@@ -201,9 +201,9 @@ class GaussNewton(ThroughOutputs):
         ValueError: ``loss`` or ``outputs`` carry no graph, or have nothing to do with one another;
             ``parameters`` is empty, mixed or frozen.
 
-    Cost: construction, one gradient with a graph; a product, 0.9 (CNN) to 1.6 gradients (transformer), 1.5 to
-    2.3 without ``keep_graph``. Memory, in peaks of a gradient: up to 1.9 are held and a product adds up to
-    1.2; without ``keep_graph`` 0.9 and 1.8 (``tests/operators/test_memory.py``).
+    Cost: construction, one gradient with a graph; a product, 0.9 (CNN) to 1.4 gradients (transformer), 1.2 to
+    2.0 without ``keep_graph``. Memory, in peaks of a gradient: up to 1.6 are held and a product adds up to
+    1.2; without ``keep_graph`` 0.9 and 1.7 (``tests/operators/test_memory.py``).
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
 
