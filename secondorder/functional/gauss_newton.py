@@ -59,8 +59,8 @@ def ggnvp(
         RuntimeError: ``v`` is missing or has the wrong sizes; ``loss`` does not return a scalar; ``strict``
             found no dependence.
 
-    Cost: 1.8 to 2.4 gradients, and up to 2.3 times the peak memory of one; ``GaussNewton`` keeps the graph for
-    further products at 0.9 to 1.6.
+    Cost: 1.8 to 2.4 gradients, and up to 2.3 times the peak memory of one; ``GaussNewton`` keeps the graph
+    for further products at 0.9 to 1.4.
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
 

@@ -191,8 +191,8 @@ def vhp(
             element; ``strict`` found no dependence.
 
     Cost: 2.0 (MLP) to 3.2 gradients (transformer), half a gradient more with ``return_grad``, and up to 3.0
-    times the peak memory of one. Where a second derivative is missing or known to be wrong ``func`` is called once more, under
-    ``decompose()``.
+    times the peak memory of one. Where a second derivative is missing or known to be wrong ``func`` is called
+    once more, under ``decompose()``.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -251,9 +251,10 @@ def hvp(
         RuntimeError: ``v`` is missing or has the wrong sizes; the output is not one tensor with one
             element; ``strict`` found no dependence, or was asked of forward mode.
 
-    Cost: 2.0 (MLP) to 3.2 gradients (transformer), and up to 3.0 times the peak memory of one; 3.5 and 5.9 with the
-    double-backward trick; 3 gradients with finite differences. Where a second derivative is missing or known
-    to be wrong ``func`` is called once more, under ``decompose()``, with the random state of the first call.
+    Cost: 2.0 (MLP) to 3.2 gradients (transformer), half a gradient more with ``return_grad``, and up to 3.0
+    times the peak memory of one; 3.5 and 5.9 with the double-backward trick; 3 gradients with finite
+    differences. Where a second derivative is missing or known to be wrong ``func`` is called once more, under
+    ``decompose()``, with the random state of the first call.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
