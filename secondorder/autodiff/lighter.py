@@ -85,7 +85,8 @@ class _Weight(NamedTuple):
 
 def _weights(nodes: Sequence[Node], outputs: Sequence[Any], inputs: Sequence[Any]) -> dict[Node, _Weight]:
     """Weights of linear layers among the inputs, by the node of the layer."""
-    leaves = {id(x): i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x._backward_hooks}
+    plain = ((i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor) and _is_plain(x))
+    leaves = {id(x): i for i, x in plain if not x._backward_hooks}
     if any(isinstance(output, Tensor) and output.is_leaf for output in outputs):
         return {}
     users = Counter(following for node in nodes for following, _ in node.next_functions)
@@ -183,8 +184,9 @@ def _replace(
 
 def _is_plain(tensor: Tensor) -> bool:
     return (
-        type(tensor) is Tensor
+        type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout is torch.strided
+        and not tensor.is_nested
         and tensor.dtype in (torch.float32, torch.float64)
         and tensor.numel() > 0
     )
