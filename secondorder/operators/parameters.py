@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +91,7 @@ class ParameterOperator(LinearOperator):
             return flatten(self._apply(self._layout.unflatten(v), False))
 
     def _matmat(self, V: Tensor) -> Tensor:
-        return self._pieces.multiply(V, self._matvec, self._in_batch, self.differentiated)
+        return self._pieces.multiply(V, self._matvec, self._in_batch, partial(_roots, self))
 
     def _in_batch(self, V: Tensor) -> Tensor:
         with self._rung():
@@ -213,7 +214,7 @@ class Jacobian(LinearOperator):
             return flatten(self.forward(self._columns.unflatten(v), False)).to(self.dtype)
 
     def _matmat(self, V: Tensor) -> Tensor:
-        return self._pieces.multiply(V, self._matvec, self._in_batch, self.differentiated)
+        return self._pieces.multiply(V, self._matvec, self._in_batch, partial(_roots, self))
 
     def _in_batch(self, V: Tensor) -> Tensor:
         with self._rung():
@@ -264,6 +265,12 @@ class ThroughOutputs(ParameterOperator):
 
 
 AnyOperator = TypeVar("AnyOperator", bound=ParameterOperator | Jacobian)
+
+
+def _roots(operator: ParameterOperator | Jacobian) -> Iterable[Source | None]:
+    """What a pass starts from."""
+    with operator._rung():
+        return operator.differentiated()
 
 
 def tried(operator: AnyOperator) -> AnyOperator:
