@@ -36,7 +36,7 @@ ORDER = [
     "secondorder.operators.products",
     "secondorder.operators.linear",
     "secondorder.operators.matrix",
-    "secondorder.operators.pieces",
+    "secondorder.operators.widths",
     "secondorder.operators.parameters",
     "secondorder.operators.curvature",
     "secondorder.operators.fisher",

@@ -17,7 +17,7 @@ from secondorder.autodiff.convolutions import lighten_rows
 from secondorder.autodiff.decompose import current
 from secondorder.autodiff.graph import Source, has_graph, like
 from secondorder.operators.linear import LinearOperator
-from secondorder.operators.pieces import Pieces
+from secondorder.operators.widths import Pieces
 from secondorder.vectors import arguments
 from secondorder.vectors.flat import Layout, flatten, flatten_rows
 from secondorder.vectors.tree import Tree

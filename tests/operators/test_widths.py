@@ -8,8 +8,7 @@ import zoo
 
 from secondorder import GaussNewton, Hessian, Jacobian
 from secondorder.autodiff.graph import pass_bytes
-from secondorder.operators import pieces
-from secondorder.operators.pieces import Pieces
+from secondorder.operators.widths import Pieces
 
 DOUBLE = torch.float64
 TOLERANCE = dict(rtol=1e-11, atol=1e-12)
@@ -20,8 +19,8 @@ A = zoo.vector(25, 0).view(5, 5)
 def clock(monkeypatch):
     """Seconds that only the products of the test pass."""
     now = [0.0]
-    monkeypatch.setattr(pieces.time, "thread_time", lambda: now[0])
-    monkeypatch.setattr(pieces, "_affordable", lambda column_bytes, device: pieces.MOST)
+    monkeypatch.setattr(widths.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(widths, "_affordable", lambda column_bytes, device: widths.MOST)
     return now
 
 
@@ -90,7 +89,7 @@ def test_as_asked_for(clock, batched, widths):
 
 @pytest.mark.parametrize(("most", "widest"), [(7, 1), (8, 8), (40, 32)])
 def test_memory_bounds_the_width(clock, monkeypatch, most, widest):
-    monkeypatch.setattr(pieces, "_affordable", lambda column_bytes, device: most)
+    monkeypatch.setattr(widths, "_affordable", lambda column_bytes, device: most)
     products, cut = Products(clock, lambda width: 1 / width), Pieces(None)
     for _ in range(3):
         assert max(products.multiply(cut, zoo.vector(1000, 1).view(5, 200))) <= widest
@@ -132,8 +131,8 @@ def test_memory_of_a_pass():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_memory_affords(device):
     device = torch.device(device)
-    assert pieces._affordable(0, device) == pieces.MOST
-    assert pieces._affordable(2**60, device) == (0 if device.type == "cpu" else pieces.MOST)
+    assert widths._affordable(0, device) == widths.MOST
+    assert widths._affordable(2**60, device) == (0 if device.type == "cpu" else widths.MOST)
 
 
 def test_products_do_not_depend_on_the_width():
