@@ -14,6 +14,7 @@ from secondorder.autodiff.compat import grad_of_fitting
 from secondorder.autodiff.convolutions import lighten_gradients, lighten_rows
 from secondorder.autodiff.graph import Source, end, has_graph, like
 from secondorder.autodiff.ladder import explained, missing
+from secondorder.autodiff.lighter import light_grad
 from secondorder.vectors.arguments import MaybeTensors, Tensors, grad, refuse_inference_mode
 
 # Here the graph is all there is: the function behind it can not be run again.
@@ -60,10 +61,12 @@ class Pass:
                 raise
         return _filled(grads, self.inputs)
 
-    def in_graph(self, v: Sequence[Tensor]) -> MaybeTensors:
-        """The product in a graph of its own, to be differentiated; None where there is no path."""
-        refuse_inference_mode()
-        return grad_of_fitting(self._roots, self._ends, self._live_ones(v), create_graph=True)
+    def rows(self, u: Sequence[Tensor]) -> MaybeTensors:
+        """The graph of the product, to be differentiated with respect to ``u``; None where there is no path.
+
+        Its values may be wrong.
+        """
+        return light_grad(self._roots, self._ends, self._live_ones(u), rows=True, unread=True)
 
     def _live_ones(self, v: Sequence[Tensor]) -> Tensors:
         return tuple(v) if len(self._live) == len(v) else tuple([v[i] for i in self._live])

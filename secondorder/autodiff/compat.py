@@ -56,6 +56,11 @@ def grad_of_fitting(
     return _run_backward(outputs, v, True, create_graph, inputs, True, accumulate_grad=False)
 
 
+def is_packed(saved: Any) -> bool:
+    """Whether hooks hold what a node has saved, as in a checkpoint; torch does not say so before 2.10."""
+    return getattr(saved, "unpack_hook", None) is not None
+
+
 def in_checkpoint() -> bool:
     """Whether a checkpoint with ``use_reentrant=False`` runs its function for the first time."""
     if _top_hooks is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -285,6 +286,10 @@ def _hides_derivative(function: Any) -> str:
     return ""
 
 
+class Fused(torch.autograd.Function):
+    """Base of our own Functions, whose derivatives are those of the operations that they stand for."""
+
+
 def between(outputs: Iterable[Source | None], inputs: Iterable[Tensor]) -> list[Node]:
     """The nodes on the paths from ``outputs`` to ``inputs``."""
     inputs = list(inputs)
@@ -315,7 +320,9 @@ def may_convolve(node: Node) -> bool:
 
 def _is_function(node: Node, name: str) -> bool:
     """Whether a node is a custom one: in Python, or in C++ as torch::autograd::CppNode<...>."""
-    return isinstance(node, _PythonNode) or "CppNode" in name
+    if isinstance(node, _PythonNode):
+        return not issubclass(node._forward_cls, Fused)
+    return "CppNode" in name
 
 
 def _is_custom(node: Node, name: str) -> bool:
@@ -343,6 +350,12 @@ def nodes(tensors: Iterable[Source | None], stops: Iterable[Source] = ()) -> lis
                 seen.add(following)
                 found.append(following)
     return found
+
+
+def pass_bytes(outputs: Iterable[Source | None]) -> int:
+    """What the gradients of a backward pass take, all held at once: more than the pass does. In bytes."""
+    made = (made for node in nodes(outputs) for made in node._input_metadata)
+    return sum(math.prod(m.shape) * m.dtype.itemsize for m in made)
 
 
 def _roots(tensors: Iterable[Source | None]) -> Iterator[Node]:

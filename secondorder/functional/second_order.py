@@ -14,6 +14,7 @@ from secondorder.autodiff.backward import HessianGraph
 from secondorder.autodiff.convolutions import lighten_gradients
 from secondorder.autodiff.decompose import forward_mode
 from secondorder.autodiff.guard import RandomState, undo_writes
+from secondorder.autodiff.lighter import light_grad
 from secondorder.vectors import arguments
 from secondorder.vectors.arguments import MaybeTensors, Tensors
 
@@ -21,10 +22,17 @@ Function = Callable[..., Any]
 
 
 def over_reverse(
-    func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, strategy: str, has_aux: bool
+    func: Function,
+    inputs: Any,
+    v: Any,
+    create_graph: bool,
+    strict: bool,
+    strategy: str,
+    has_aux: bool,
+    return_grad: bool,
 ) -> tuple[Point, Tensors]:
     """``H v`` by one backward pass through the gradient, or by the double-backward trick."""
-    point = differentiate(func, inputs, v, create_graph, strict, has_aux, "hvp")
+    point = differentiate(func, inputs, v, create_graph, strict, has_aux, return_grad, "hvp")
     kinds = graph.Kinds.of((point.value, *point.gradient), point.inputs)
     side = kinds.side(point.is_plain and not strict)
     if strategy == "reverse-over-reverse":
@@ -78,9 +86,19 @@ class Point(NamedTuple):
 
 
 def differentiate(
-    func: Function, inputs: Any, v: Any, create_graph: bool, strict: bool, has_aux: bool, name: str
+    func: Function,
+    inputs: Any,
+    v: Any,
+    create_graph: bool,
+    strict: bool,
+    has_aux: bool,
+    return_grad: bool,
+    name: str,
 ) -> Point:
-    """The gradient of ``func``, in the graph; inputs and ``v`` are checked first."""
+    """The gradient of ``func``, in the graph; inputs and ``v`` are checked first.
+
+    Its values may be wrong unless ``return_grad`` or ``create_graph``.
+    """
     with torch.enable_grad():
         is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", name)
         inputs = arguments.fresh_inputs(inputs, create_graph)
@@ -88,7 +106,10 @@ def differentiate(
         hooks = graph.HookCount()
         value, aux = arguments.call_scalar(func, inputs, name, strict, has_aux)
         graph.refuse_wrong((value,), inputs, create_graph=create_graph)
-        gradient = arguments.grad((value,), inputs, create_graph=True)
+        if create_graph or value.is_complex():
+            gradient = arguments.grad((value,), inputs, create_graph=True)
+        else:
+            gradient = light_grad((value,), inputs, unread=not return_grad)
         arguments.require_grad_of_jacobian(gradient, strict)
     is_plain = not hooks.has_grown() and _is_real_and_dense((*inputs, *(vector or ())))
     return Point(inputs, is_inputs_tuple, vector, value, gradient, aux, is_plain)

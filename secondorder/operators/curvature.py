@@ -15,9 +15,9 @@ from torch import Tensor
 
 from secondorder.autodiff import ladder
 from secondorder.autodiff.backward import HessianGraph, Pass
-from secondorder.autodiff.compat import grad_of_fitting
 from secondorder.autodiff.convolutions import lighten_gradients
 from secondorder.autodiff.graph import Kinds, Source, refuse_wrong
+from secondorder.autodiff.lighter import light_grad
 from secondorder.functional import output_hessians
 from secondorder.operators.parameters import Jacobian, ParameterOperator, ThroughOutputs, tried
 from secondorder.vectors import arguments
@@ -64,7 +64,8 @@ class Hessian(ParameterOperator):
         keep_graph: Keep the graph of the gradient between products; without it only the graph of the loss is
             kept, and each product takes the gradient anew.
         batched: How a block of vectors is multiplied: True, in one batched backward pass; False, one after
-            another; None, whichever is faster, measured with the first block of at least eight columns.
+            another; None, in pieces as wide as is fastest, measured with the first block of at least eight
+            columns, and as memory allows.
 
     Attributes:
         gradient: Of the loss, flat.
@@ -75,8 +76,8 @@ class Hessian(ParameterOperator):
             ``parameters`` is empty, mixed or frozen.
         RuntimeError: ``loss`` was computed with an operation whose second derivative torch gets wrong.
 
-    Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.3 gradients (transformer), 1.9 to
-    3.1 without ``keep_graph``. Memory, in peaks of a gradient: up to 2.2 are held and a product adds up to
+    Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.2 gradients (transformer), 1.5 to
+    2.9 without ``keep_graph``. Memory, in peaks of a gradient: up to 2.2 are held and a product adds up to
     1.7; without ``keep_graph`` 1.0 and 2.7 (``tests/operators/test_memory.py``).
 
     Reference: Pearlmutter (1994), Fast exact multiplication by the Hessian.
@@ -99,7 +100,7 @@ class Hessian(ParameterOperator):
         _check_loss(loss)
         refuse_wrong((loss,), self.parameters, is_given=True)
         self._loss = loss
-        grads = self._differentiate()
+        grads = self._differentiate(unread=False)
         if all(grad is None for grad in grads):
             raise ValueError("loss must depend on at least one of the parameters, but it does on none.")
         self.gradient = flatten(
@@ -139,10 +140,8 @@ class Hessian(ParameterOperator):
 
         return ladder.climb(build)
 
-    def _differentiate(self) -> MaybeTensors:
-        arguments.refuse_inference_mode()
-        one = (torch.ones_like(self._loss),)
-        return grad_of_fitting((self._loss,), self.parameters, one, create_graph=True)
+    def _differentiate(self, unread: bool) -> MaybeTensors:
+        return light_grad((self._loss,), self.parameters, unread=unread)
 
     def _pass_of(self, grads: MaybeTensors) -> Pass:
         if self._by_rows:
@@ -153,7 +152,7 @@ class Hessian(ParameterOperator):
 
     def _pass(self) -> Pass:
         """The backward pass that multiplies, through a graph that is kept or built anew."""
-        return self._pass_of(self._differentiate()) if self._kept is None else self._kept
+        return self._pass_of(self._differentiate(unread=True)) if self._kept is None else self._kept
 
     def differentiated(self) -> Iterable[Tensor | None]:
         """The gradient in the graph, kept or taken anew."""
@@ -203,9 +202,9 @@ class GaussNewton(ThroughOutputs):
         ValueError: ``loss`` or ``outputs`` carry no graph, or have nothing to do with one another;
             ``parameters`` is empty, mixed or frozen.
 
-    Cost: construction, one gradient with a graph; a product, 0.9 (CNN) to 1.6 gradients (transformer), 1.5 to
-    2.3 without ``keep_graph``. Memory, in peaks of a gradient: up to 1.9 are held and a product adds up to
-    1.2; without ``keep_graph`` 0.9 and 1.8 (``tests/operators/test_memory.py``).
+    Cost: construction, one gradient with a graph; a product, 0.9 (CNN) to 1.4 gradients (transformer), 1.2 to
+    2.0 without ``keep_graph``. Memory, in peaks of a gradient: up to 1.6 are held and a product adds up to
+    1.2; without ``keep_graph`` 0.9 and 1.7 (``tests/operators/test_memory.py``).
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
 
@@ -377,7 +376,7 @@ def _curved(block: Block | GradientBlock) -> tuple[HessianGraph, list[Tensor], l
 def _differentiated(block: Block) -> tuple[Tensor, MaybeTensors]:
     if not block.loss.requires_grad or not all(output.requires_grad for output in block.outputs):
         raise ValueError("loss and outputs must carry a graph; compute them with gradients on.")
-    grads = torch.autograd.grad(block.loss, block.outputs, block.weight, create_graph=True, allow_unused=True)
+    grads = light_grad((block.loss,), block.outputs, (block.weight,))
     if all(grad is None for grad in grads):
         raise ValueError("loss must depend on outputs; pass the tensors it was computed from.")
     return block.loss, grads

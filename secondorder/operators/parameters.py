@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,14 +17,12 @@ from secondorder.autodiff.convolutions import lighten_rows
 from secondorder.autodiff.decompose import current
 from secondorder.autodiff.graph import Source, has_graph, like
 from secondorder.operators.linear import LinearOperator
+from secondorder.operators.widths import Pieces
 from secondorder.vectors import arguments
 from secondorder.vectors.flat import Layout, flatten, flatten_rows
 from secondorder.vectors.tree import Tree
 
 Function = Callable[..., Any]
-
-# Width of the block on which a batched backward pass is measured against a loop.
-MEASURED_WIDTH = 8
 
 
 class ParameterOperator(LinearOperator):
@@ -33,8 +31,8 @@ class ParameterOperator(LinearOperator):
     Args:
         parameters: Tensors of one dtype and device that require gradients.
         batched: How a block of vectors is multiplied: True, all columns in one batched backward pass; False,
-            one after another; None, whichever is faster, measured with the first block of at least eight
-            columns.
+            one after another; None, in pieces as wide as is fastest, measured with the first block of at
+            least eight columns, and as memory allows.
 
     Raises:
         TypeError: a parameter is not a tensor.
@@ -43,7 +41,7 @@ class ParameterOperator(LinearOperator):
 
     def __init__(self, parameters: Iterable[Tensor], batched: bool | None = None) -> None:
         self.parameters = check_parameters(parameters)
-        self._batched, self._rung = batched, current()
+        self._pieces, self._rung = Pieces(batched), current()
         first = self.parameters[0]
         self._layout = Layout(self.parameters)
         super().__init__((self._layout.size, self._layout.size), first.dtype, first.device)
@@ -74,6 +72,7 @@ class ParameterOperator(LinearOperator):
             )
         block = copy.copy(self)
         block._keep(kept)
+        block._pieces = Pieces(self._pieces.batched)
         block.parameters = block._parts = tuple(self.parameters[i] for i in kept)
         block._layout = Layout(block.parameters)
         block.shape = (block._layout.size, block._layout.size)
@@ -92,7 +91,7 @@ class ParameterOperator(LinearOperator):
             return flatten(self._apply(self._layout.unflatten(v), False))
 
     def _matmat(self, V: Tensor) -> Tensor:
-        return in_batch_or_loop(self, V, self._matvec, self._in_batch)
+        return self._pieces.multiply(V, self._matvec, self._in_batch, partial(_roots, self))
 
     def _in_batch(self, V: Tensor) -> Tensor:
         with self._rung():
@@ -146,7 +145,7 @@ class Jacobian(LinearOperator):
         if not any(map(has_graph, self._sources)):
             raise ValueError("outputs must carry a graph; compute them with gradients on.")
         _check_outputs(self.outputs, first)
-        self._batched = self._batched_transpose = batched
+        self._pieces, self._transposed_pieces = Pieces(batched), Pieces(batched)
         self._rung = current()
         self._rows, self._columns = Layout(self.outputs), Layout(self.parameters)
         super().__init__((self._rows.size, self._columns.size), first.dtype, first.device)
@@ -184,7 +183,7 @@ class Jacobian(LinearOperator):
         graph.refuse_wrong_rows(self._sources, self.parameters)
         with torch.enable_grad():
             duals = cotangents(self.outputs)
-            pulled = self._backward.in_graph(duals)
+            pulled = self._backward.rows(duals)
         lighten_rows(pulled, self._sources)
         return Pass(pulled, duals)
 
@@ -203,6 +202,7 @@ class Jacobian(LinearOperator):
         block = copy.copy(self)
         block.parameters = tuple(self.parameters[i] for i in indices)
         block._columns = Layout(block.parameters)
+        block._pieces, block._transposed_pieces = Pieces(self._pieces.batched), Pieces(self._pieces.batched)
         block.shape = (self.shape[0], block._columns.size)
         block._backward = Pass(self._sources, block.parameters)
         if self._kept is not None:
@@ -214,7 +214,7 @@ class Jacobian(LinearOperator):
             return flatten(self.forward(self._columns.unflatten(v), False)).to(self.dtype)
 
     def _matmat(self, V: Tensor) -> Tensor:
-        return in_batch_or_loop(self, V, self._matvec, self._in_batch)
+        return self._pieces.multiply(V, self._matvec, self._in_batch, partial(_roots, self))
 
     def _in_batch(self, V: Tensor) -> Tensor:
         with self._rung():
@@ -225,7 +225,9 @@ class Jacobian(LinearOperator):
             return flatten(self.backward(self._rows.unflatten(u), False))
 
     def _rmatmat(self, U: Tensor) -> Tensor:
-        return in_batch_or_loop(self, U, self._rmatvec, self._transposed_in_batch, "_batched_transpose")
+        return self._transposed_pieces.multiply(
+            U, self._rmatvec, self._transposed_in_batch, lambda: self._sources
+        )
 
     def _transposed_in_batch(self, U: Tensor) -> Tensor:
         with self._rung():
@@ -271,55 +273,10 @@ class ThroughOutputs(ParameterOperator):
 AnyOperator = TypeVar("AnyOperator", bound=ParameterOperator | Jacobian)
 
 
-def in_batch_or_loop(
-    operator: Any,
-    V: Tensor,
-    alone: Callable[[Tensor], Tensor],
-    together: Callable[[Tensor], Tensor],
-    flag: str = "_batched",
-) -> Tensor:
-    """Products with the columns of ``V``, together or one after another: the faster, measured once.
-
-    What is compared is speed: where the two differ by more than rounding it is one after another.
-    """
-    batched = getattr(operator, flag)
-    if batched is None and V.shape[1] >= MEASURED_WIDTH:
-        few = V[:, :MEASURED_WIDTH]
-        try:
-            # The first call of each does not count: torch prepares its batching rules.
-            block, first = together(few), alone(few[:, 0])
-            batched = _agree(block[:, 0], first) and _is_faster(few, alone, together)
-        except RuntimeError:
-            # An operation without a batching rule; a loop says what else may be wrong.
-            batched = False
-        setattr(operator, flag, batched)
-    if batched:
-        return together(V)
-    # The entries of a column lie far apart: it is copied first, and results are stacked in rows, in memory.
-    return torch.stack([alone(v.contiguous()) for v in V.unbind(1)]).T
-
-
-def _agree(first: Tensor, second: Tensor) -> bool:
-    """Whether two results are one up to rounding, or both not finite: one host read."""
-    tolerance = torch.finfo(first.dtype).eps ** 0.5
-    scale = first.abs().max().maximum(second.abs().max()) if first.numel() else first.new_zeros(())
-    return not bool(((first - second).abs() > tolerance * scale).any())
-
-
-def _is_faster(few: Tensor, alone: Callable[[Tensor], Tensor], together: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a column costs less in a batch than alone."""
-    batch_seconds = _seconds(lambda: together(few), few.device) / MEASURED_WIDTH
-    return batch_seconds < min(_seconds(lambda: alone(few[:, 0]), few.device) for _ in range(3))
-
-
-def _seconds(function: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
+def _roots(operator: ParameterOperator | Jacobian) -> Iterable[Source | None]:
+    """What a pass starts from."""
+    with operator._rung():
+        return operator.differentiated()
 
 
 def tried(operator: AnyOperator) -> AnyOperator:

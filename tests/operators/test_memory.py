@@ -15,8 +15,8 @@ from secondorder import GaussNewton, Hessian, functional, fvp, ggnvp
 LIMITS = {
     ("hessian", True): (2.2, 1.7),
     ("hessian", False): (1.05, 2.7),
-    ("gauss_newton", True): (1.9, 1.2),
-    ("gauss_newton", False): (0.9, 1.8),
+    ("gauss_newton", True): (1.65, 1.2),
+    ("gauss_newton", False): (0.95, 1.7),
 }
 
 
@@ -36,6 +36,8 @@ def test_peak_memory_is_what_the_docstrings_state(build, name, keep_graph):
             A = Hessian(loss, parameters, keep_graph=keep_graph)
         else:
             A = GaussNewton(loss, outputs, parameters, keep_graph=keep_graph)
+        # From the second product on, what products share is kept.
+        A @ v, A @ v
         gc.collect()
         held = memory.peak = memory.live
         A @ v
@@ -46,7 +48,7 @@ def test_peak_memory_is_what_the_docstrings_state(build, name, keep_graph):
 
 
 # Peaks of one call, in peaks of a gradient.
-FUNCTIONAL = {"hvp": 3.05, "vhp": 3.05, "jvp": 2.35, "ggnvp": 2.5, "fvp": 2.5}
+FUNCTIONAL = {"hvp": 3.05, "vhp": 3.05, "jvp": 2.35, "ggnvp": 2.35, "fvp": 2.35}
 
 
 @pytest.mark.parametrize("name", FUNCTIONAL)
