@@ -8,6 +8,7 @@ import zoo
 
 from secondorder import GaussNewton, Hessian, Jacobian
 from secondorder.autodiff.graph import pass_bytes
+from secondorder.operators import widths
 from secondorder.operators.widths import Pieces
 
 DOUBLE = torch.float64
