@@ -29,8 +29,8 @@ from optim.optimizers.report import StepReport
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "cg")
-# Relative residual that leaves little to gain, as measured. A tenth is too much where one stiff direction is most
-# of the gradient, as through time in recurrent networks: nothing else was ever solved for.
+# Relative residual that leaves little to gain, as measured. A tenth is too much where one stiff direction is
+# most of the gradient, as through time in recurrent networks: nothing else was ever solved for.
 RTOL = 0.01
 
 
