@@ -51,7 +51,14 @@ ROWS = {
     "poisson": Row(
         frontier.poisson, Budget(seconds=20), ("GaussNewton",), ("Adam3e-3", "LBFGS", "MINPACK", "torchmin")
     ),
-    "sinc": Row(frontier.sinc, Budget(evaluations=300), ("GaussNewton",), ("MINPACK",), (0, 1, 2, 3, 4)),
+    # Evaluations of ours are many and cheap, those of MINPACK come with a Jacobian of 20,000 rows.
+    "sinc": Row(
+        frontier.sinc,
+        Budget(seconds=20, target=1.2e-6),
+        ("GaussNewton",),
+        ("LBFGS", "MINPACK"),
+        (0, 1, 2, 3, 4),
+    ),
     "burgers": Row(
         frontier.burgers,
         Budget(seconds=60),
@@ -68,7 +75,7 @@ ROWS = {
     ),
     "adding": Row(
         frontier.adding,
-        Budget(seconds=60, target=0.01),
+        Budget(seconds=120, target=0.01),
         ("HessianFree",),
         ("SGD1e-2", "SGD1e-1", "Adam1e-3", "Adam1e-2"),
     ),
@@ -169,7 +176,8 @@ def test_poisson(table):
 
 @pytest.mark.slow
 def test_sinc(table):
-    measured("sinc", table)
+    ours, peers = measured("sinc", table)
+    assert least(ours["GaussNewton"]) < least_of(peers)
 
 
 @pytest.mark.slow
