@@ -39,13 +39,12 @@ class Row(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
 
-DECAYED = "HessianFree,weight_decay=1.5e-4"
 ROWS = {
     # Adam's rate and batch are the best of six rates.
     "autoencoder": Row(
         frontier.digits_autoencoder,
         Budget(seconds=25),
-        ("HessianFree", DECAYED),
+        ("HessianFree",),
         ("Adam1e-2/128", "LBFGS"),
     ),
     "poisson": Row(
@@ -159,19 +158,19 @@ def least_of(peers: dict[str, list[Point]]) -> float:
 @pytest.mark.slow
 def test_autoencoder(table):
     ours, peers = measured("autoencoder", table)
-    assert least(ours["HessianFree"]) <= 0.50 < least_of(peers)
-    # On the way, the least test error of LBFGS, which trains to .78; together with that training error, where
-    # weights decay, less than Adam's of 1.015, which trains to .575.
-    assert least(ours["HessianFree"], 1) <= 0.974
-    first = [next((p for p in points if p.errors[0] <= 0.50), None) for points in ours[DECAYED]]
-    table.append(f"{'':<12}{DECAYED}: {[p and p.errors for p in first]} where the first is below .50")
-    assert statistics.median(point.errors[1] if point else math.inf for point in first) <= 1.0
+    runs, level = ours["HessianFree"], least_of(peers)
+    assert least(runs) <= 0.50 < level
+    # Where the training error is that of the best peer the test error is below that of any; later it grows.
+    tests = [[next(p.errors[1] for p in run if p.errors[0] <= e) for run in runs] for e in (level, 0.50)]
+    table.append(f"{'':<12}test errors where training errors are {level:.3g} and .50: {tests}")
+    assert statistics.median(tests[0]) <= 0.974
+    assert statistics.median(tests[0]) < min(best(points).errors[1] for points in peers.values())
 
 
 @pytest.mark.slow
 def test_poisson(table):
     ours, peers = measured("poisson", table)
-    assert least(ours["GaussNewton"]) < least_of(peers)
+    assert least(ours["GaussNewton"]) <= 2e-7 < least_of(peers)
 
 
 @pytest.mark.slow
