@@ -158,25 +158,27 @@ def least_of(peers: dict[str, list[Point]]) -> float:
 @pytest.mark.slow
 def test_autoencoder(table):
     ours, peers = measured("autoencoder", table)
-    runs, level = ours["HessianFree"], least_of(peers)
-    assert least(runs) <= 0.50 < level
-    # Where the training error is that of the best peer the test error is below that of any; later it grows.
-    tests = [[next(p.errors[1] for p in run if p.errors[0] <= e) for run in runs] for e in (level, 0.50)]
-    table.append(f"{'':<12}test errors where training errors are {level:.3g} and .50: {tests}")
-    assert statistics.median(tests[0]) <= 0.974
-    assert statistics.median(tests[0]) < min(best(points).errors[1] for points in peers.values())
+    runs = ours["HessianFree"]
+    ends = [next(p.errors[1] for p in run if p.errors[0] <= 0.50) for run in runs]
+    tests = {name: min(point.errors[1] for point in points) for name, points in peers.items()}
+    table.append(
+        f"{'':<12}least test errors: {least(runs, 1):.3g}, of peers {tests}; where .50 is reached {ends}"
+    )
+    assert least(runs) <= min(0.50, least_of(peers))
+    # Of all of them the least on the way: each learns by heart in the end.
+    assert least(runs, 1) <= min(0.974, *tests.values())
 
 
 @pytest.mark.slow
 def test_poisson(table):
     ours, peers = measured("poisson", table)
-    assert least(ours["GaussNewton"]) <= 2e-7 < least_of(peers)
+    assert least(ours["GaussNewton"]) <= min(2e-7, 0.5 * least_of(peers))
 
 
 @pytest.mark.slow
 def test_sinc(table):
     ours, peers = measured("sinc", table)
-    assert least(ours["GaussNewton"]) < least_of(peers)
+    assert least(ours["GaussNewton"]) <= min(1.2e-6, 0.1 * least_of(peers))
 
 
 @pytest.mark.slow
