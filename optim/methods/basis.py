@@ -38,7 +38,9 @@ class Basis:
         capacity = min(FIRST_CAPACITY, self._max_size)
         # As rows.
         self._V, self._W = (first.new_empty(capacity, first.numel()) for _ in range(2))
-        self.H, self.G = (torch.zeros(capacity, capacity, dtype=torch.float64) for _ in range(2))
+        self.H, self.G = (
+            torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu") for _ in range(2)
+        )
         self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
         self.size = self.products = 0
         self.seconds = 0.0

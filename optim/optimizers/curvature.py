@@ -166,7 +166,9 @@ def _found(
     """What is known of the objective, or of the part of it that is asked for, and its matrix."""
     evaluation, part = sampler.evaluation(evaluation)
     coverage = evaluation.coverage.proved()
-    if coverage.blocks and not part.note and not coverage.has_states:
+    if coverage.has_states and sampler.is_by_number:
+        part = Part(note="all samples: structural damping")
+    elif coverage.blocks and not (part.note or coverage.has_states):
         part = sampler.part(coverage)
     if part.operator is None and part.note and sampler.is_by_number:
         notices.once("curvature_batch", UNSAMPLED.format(name, sampler.wanted, part.note))

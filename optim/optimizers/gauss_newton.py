@@ -26,7 +26,7 @@ from optim.optimizers.base import SecondOrderOptimizer
 from optim.optimizers.curvature import Curvature, gauss_newton
 from optim.optimizers.groups import moving
 from optim.optimizers.report import StepReport
-from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch
+from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch, refuse_closure
 from optim.optimizers.stepping import Method, prefers_residuals
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
@@ -160,6 +160,7 @@ class GaussNewton(SecondOrderOptimizer):
         refuse(type(self), unsupported)
         learned = {**LEARNED, "damping_growth": 2.0, "residual_cost": None, "scale_steps": 0}
         super().__init__(params, {**options, **learned})
+        refuse_closure(self._part, spring=spring, scaling=scaling != "identity")
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
@@ -178,6 +179,16 @@ class GaussNewton(SecondOrderOptimizer):
                     f"{name}={options[name]!r} needs the space of residuals, got"
                     f' solver={options["solver"]!r}; use solver="auto".'
                 )
+            if options[name] != off and options["curvature_batch"] not in ("auto", None):
+                raise ValueError(
+                    f"{name}={options[name]!r} needs all residuals, got"
+                    f" curvature_batch={options['curvature_batch']!r}; leave it out."
+                )
+        if options["scaling"] != "identity" and float(options["weight_decay"]) > 0:
+            raise ValueError(
+                f"scaling={options['scaling']!r} takes no weight_decay, got {options['weight_decay']}; add"
+                " the penalty to the loss."
+            )
 
     def _curvature(self, evaluation: Evaluation, sampler: Sampler) -> Curvature:
         strict = self.param_groups[0]["strict"]

@@ -29,7 +29,7 @@ from optim.optimizers.curvature import Curvature, Structured, fisher, gauss_newt
 from optim.optimizers.groups import moving
 from optim.optimizers.kept import SKETCH_VALUES, SOLUTION, Kept
 from optim.optimizers.report import StepReport
-from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch
+from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch, refuse_closure
 from optim.optimizers.stepping import Method
 
 SOLVERS = ("auto", "subspace", "cg")
@@ -76,7 +76,7 @@ class HessianFree(SecondOrderOptimizer):
             product pays.
         gain: Another product pays where it gains this part, or more, of what products gained on average. With
             mini-batches 0.3, where that is less.
-        max_iter: Products allowed in one space, iterations in one solve by CG.
+        max_iter: Products in one space, iterations of one solve by CG.
         progress: With "cg": it stops when the model decreased by less than this, relative, an iteration.
         decay: With "cg": factor of the last solution, from which it starts.
         preconditioner: With "cg": "none", or "nystrom", that knows the largest eigenvalues from a sketch: for
@@ -119,8 +119,7 @@ class HessianFree(SecondOrderOptimizer):
     Cost: one gradient, 5 to 15 products of 4/3 times the part of the samples, a few evaluations.
 
     Reference: Martens (2010), Deep learning via Hessian-free optimization; Davidson (1975) for the space;
-    Martens and Sutskever (2011), Learning recurrent neural networks with Hessian-free optimization, section
-    3.2, for structural damping.
+    Martens and Sutskever (2011), section 3.2, for structural damping.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -173,6 +172,7 @@ class HessianFree(SecondOrderOptimizer):
         refuse(type(self), unsupported)
         self._hidden = HiddenStates(options.pop("structural") or ())
         super().__init__(params, {**options, **LEARNED, SKETCH_VALUES: ()})
+        refuse_closure(self._part, structural_damping=structural_damping)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
         """As of all optimizers here; with structural damping the first call of the closure is watched."""

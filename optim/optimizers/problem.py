@@ -37,6 +37,7 @@ class ClosureProblem:
     Attributes:
         spent: On trials, so far.
         residuals: The same model by residuals, where it has that form.
+        scaling: From ``q``, the variables of the model, to parameters.
     """
 
     def __init__(
@@ -62,13 +63,13 @@ class ClosureProblem:
         scaling = Scaling.of(groups, gradient)
         if scale is not None:
             scaling = scaling.divided(scale(self.residuals.columns()))
-        self._scaling = self.residuals.scaling = scaling
-        is_changed = bool(self._decay) or not self._scaling.is_plain
-        plain, gradient = gradient, self._scaling.times(gradient)
+        self.scaling = self.residuals.scaling = scaling
+        is_changed = bool(self._decay) or not self.scaling.is_plain
+        plain, gradient = gradient, self.scaling.times(gradient)
         size = norm(gradient) if is_changed else evaluation.norm
-        self._slope = size if self._scaling.is_plain else norm(plain)
-        curvature = self._scaling.conjugated(whole)
-        judged = None if form is None else _with_decay(form, self._decay, self._scaling)
+        self._slope = size if self.scaling.is_plain else norm(plain)
+        curvature = self.scaling.conjugated(whole)
+        judged = None if form is None else _with_decay(form, self._decay, self.scaling)
         self._model = QuadraticModel(value, gradient, curvature, size, judged)
         self._rounding: float | None = None
 
@@ -78,7 +79,7 @@ class ClosureProblem:
 
     def evaluate(self, step: Tensor) -> Trial:
         """The objective after the step."""
-        with self.spent.evaluation(), trial(self._decay.parameters, self._scaling.times(step)):
+        with self.spent.evaluation(), trial(self._decay.parameters, self.scaling.times(step)):
             value = self._evaluator.value() + self._decay.value()
         return Trial(step, value if math.isfinite(value) else math.nan)
 
@@ -98,16 +99,16 @@ class ClosureProblem:
 
     def gradient(self, tried: Trial) -> Tensor:
         """After the step, by another run of the closure."""
-        step = self._scaling.times(tried.step)
+        step = self.scaling.times(tried.step)
         with self.spent.gradient(), trial(self._decay.parameters, step):
             gradient = self._evaluator.gradient()
             if self._decay:
                 gradient = gradient + self._decay.gradient(step)
-        return self._scaling.times(gradient)
+        return self.scaling.times(gradient)
 
     def move(self, trial: Trial | None, then: Callable[[], None] = lambda: None) -> None:
         """Take the step, where there is one, unless ``then`` raises."""
-        step = None if trial is None else self._scaling.times(trial.step)
+        step = None if trial is None else self.scaling.times(trial.step)
         with contextlib.nullcontext() if step is None else moved(self._decay.parameters, step):
             then()
 
@@ -115,8 +116,8 @@ class ClosureProblem:
         """Euclidean norm of a step in the units of the parameters."""
         if trial is None:
             return 0.0
-        is_known = self._scaling.is_plain and trial.norm == trial.norm
-        return trial.norm if is_known else norm(self._scaling.times(trial.step))
+        is_known = self.scaling.is_plain and trial.norm == trial.norm
+        return trial.norm if is_known else norm(self.scaling.times(trial.step))
 
     def slope(self) -> float:
         """Euclidean norm of the gradient in the units of the parameters."""

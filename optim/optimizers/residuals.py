@@ -26,8 +26,8 @@ from secondorder.vectors.flat import flatten
 COPIES, PRODUCT = 3, 8.0
 
 
-# Residuals, parameters, and the products that their space costs.
-Known = tuple[int, int, float]
+# Residuals, parameters, the backward passes that make their Jacobian, and the products that they cost.
+Known = tuple[int, int, int, float]
 
 
 def cost_of(jacobian: Jacobian, known: Known | None, memory: float) -> Known:
@@ -43,11 +43,11 @@ def cost_of(jacobian: Jacobian, known: Known | None, memory: float) -> Known:
         return known
     small = min(m, n)
     if COPIES * (small**2 + (m * n if m > n else 0)) * jacobian.dtype.itemsize > memory:
-        return m, n, math.inf
+        return m, n, 0, math.inf
     layers = Layers(jacobian, range(len(jacobian.parameters)))
     # Where a layer is not read.
     passes = layers.passes + (small if layers.unread else 0)
-    return m, n, residual_cost(m, n, passes, PRODUCT * layers.multiplications())
+    return m, n, passes, residual_cost(m, n, passes, PRODUCT * layers.multiplications())
 
 
 class ClosureResiduals:
@@ -88,14 +88,25 @@ class ClosureResiduals:
         return rows if is_single else None
 
     @property
+    def missing(self) -> str:
+        """Why there are none, if so, before they are looked at."""
+        if self._evaluation.partial:
+            return self._evaluation.partial
+        return (
+            ""
+            if self._curvature is not None
+            else "the curvature is not the Gauss-Newton matrix of all samples"
+        )
+
+    @property
     def are_squares(self) -> bool:
         """Whether the loss is a sum of their squares, and nothing else."""
         return bool(self._evaluation.coverage.squares)
 
     def cost(self, known: Known | None) -> Known:
         """As ``cost_of``; infinite where there is no such form."""
-        if self._curvature is None or self._evaluation.partial:
-            return 0, 0, math.inf
+        if self._curvature is None or self.missing:
+            return 0, 0, 0, math.inf
         return cost_of(self._curvature.jacobian, known, self._memory)
 
     def columns(self) -> Tensor | None:
@@ -108,13 +119,14 @@ class ClosureResiduals:
             return None
         rows = self._rows.scaled(self.scaling.factor)
         like = rows.target.new_empty(0)
-        shift: float | Tensor = 0.0
+        shift: float | Tensor | None = 0.0
         rest = None if rows.rest is None else rows.pulled(rows.rest)
         if self._decay:
-            shift = self._decay.diagonal(like) * self.scaling.factor**2
+            factor, shift = self.scaling.uniform, self._decay.diagonal(like)
+            shift = None if factor is None else shift * factor**2
             decayed = self.scaling.times(self._decay.gradient(like))
             rest = -decayed if rest is None else rest - decayed
-        return None if isinstance(shift, Tensor) else Residuals(rows, rows.target, rest, shift)
+        return Residuals(rows, rows.target, rest, shift) if isinstance(shift, float) else None
 
     def change(self, step: Tensor) -> Tensor | None:
         """Of the residuals by a step, shape (m,); None where the loss is no sum of squares alone.

@@ -33,6 +33,13 @@ def check_curvature_batch(options: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_closure(closure: Callable[[], Any] | None, **options: Any) -> None:
+    """Raise ValueError where options are on that need the samples of the loss itself."""
+    on = [name for name, value in options.items() if value]
+    if closure is not None and on:
+        raise ValueError(f"{' and '.join(on)} must be off with a closure for curvature_batch.")
+
+
 class Part(NamedTuple):
     """The Gauss-Newton matrix by a part of the samples.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from optim.optimizers.groups import Groups, moving, of_groups, spread
@@ -33,6 +34,20 @@ class Scaling(NamedTuple):
     def divided(self, scale: Tensor) -> Scaling:
         """In units of ``scale``, shape (n,)."""
         return Scaling(self.factor / scale)
+
+    def over(self, p: Tensor) -> Tensor:
+        """A step of ``p`` as one of ``q``, zero where ``p`` does not move."""
+        if not isinstance(self.factor, Tensor):
+            return p / self.factor
+        return torch.where(self.factor > 0, p / torch.where(self.factor > 0, self.factor, 1.0), 0.0)
+
+    @property
+    def uniform(self) -> float | None:
+        """The factor of all that moves, where it is one."""
+        if not isinstance(self.factor, Tensor):
+            return self.factor
+        low, high = torch.aminmax(self.factor[self.factor > 0])
+        return float(low) if bool(low == high) else None
 
     @property
     def is_plain(self) -> bool:

@@ -15,7 +15,7 @@ from optim.methods.acceleration import Acceleration
 from optim.methods.batches import GAIN, LEAST_RATIO, MORE, BatchNoise
 from optim.methods.control import Rule
 from optim.methods.formed import Formed
-from optim.methods.forms import BENT, USUAL, Form, choose, usual_cost
+from optim.methods.forms import BENT, PASS_COST, USUAL, Form, choose, usual_cost
 from optim.methods.grown import Grown, Growth
 from optim.methods.problem import QuadraticModel, Trial
 from optim.methods.residual import Residual
@@ -26,13 +26,20 @@ from optim.methods.truncated import Sketch, Solver, Truncated
 from optim.optimizers.groups import Groups, moving, rates
 from optim.optimizers.kept import LAST, SKETCH, SOLUTION, STEP, VECTORS, Kept
 from optim.optimizers.problem import ClosureProblem
-from optim.optimizers.residuals import cost_of
+from optim.optimizers.residuals import Known, cost_of
 from secondorder.operators.parameters import Jacobian
+from secondorder.operators.pieces import TooLargeError
 from secondorder.vectors.flat import is_finite
 
 # The first one, of that which halves the step to the minimum along the gradient: a tenth of the curvature
 # there, or the radius in which all of that step fits.
 FIRST = {"damping": 0.1, "cubic_weight": 0.1, "radius": 2.0}
+# Why there is no space of residuals.
+NO_RESIDUALS = (
+    "the loss is no convex function of outputs that shows them, as mse_loss is, or weights decay at different"
+    " rates, or in units of their own"
+)
+DISAGREES = "the gradient in .grad is not that of the loss: it was clipped, or changed, or is not finite"
 # A model that was right to this is near a minimum, where Newton's steps converge quadratically.
 CONVERGING = 0.05
 
@@ -113,8 +120,11 @@ def find_step(problem: ClosureProblem, groups: Groups, method: Method, state: Ke
         outcome = _untried(space, start, rate)
     state.keep_space(space, method.keeps_solution)
     state.keep_sketch(method.sketch)
-    step = None if outcome.trial is None else outcome.trial.step
+    step = None if outcome.trial is None else problem.scaling.times(outcome.trial.step)
     state.keep(STEP, step, is_wanted=noise.changes > 0)
+    if step is not None and not isinstance(rate, Tensor):
+        # As long as the solution was.
+        step = step / (rate * noise.rate)
     state.keep(LAST, step, is_wanted=group.get("spring", 0.0) > 0)
     return Result(outcome, space, form, noise.is_seen)
 
@@ -175,7 +185,8 @@ def _noise(problem: ClosureProblem, group: Mapping[str, Any], state: Kept) -> Ba
     last = state.vector(STEP) if noise.is_other else None
     if last is None:
         return noise
-    return noise.tested(problem.evaluate(-last).value, problem.model().value)
+    undone = problem.scaling.over(-last)
+    return noise.tested(problem.evaluate(undone).value, problem.model().value)
 
 
 def form_of(
@@ -225,23 +236,21 @@ def _form_and_space(
     n, dtype = model.gradient.numel(), model.gradient.dtype
     if method.by_residuals:
         needs = [name for name in ("spring", "scaling") if group[name] not in (0.0, "identity")]
-        cost = problem.residuals.cost(group["residual_cost"])
-        if cost[0]:
-            state.learn(residual_cost=cost)
+        known = problem.residuals.cost(group["residual_cost"])
         bends = group["acceleration"] and problem.residuals.are_squares
-        form = form_of(group, method, n, dtype, cost[-1] / (BENT if bends else 1.0))
-        if needs and form.name != "formed":
-            form = form._replace(name="residual", why=f"as {needs[0]} needs it")
-        space = _of_residuals(problem, group, method, state) if form.name == "residual" else None
-        if space is not None:
-            return form, space
+        form = form_of(group, method, n, dtype, known[-1] / (BENT if bends else 1.0))
         if needs:
-            raise RuntimeError(
-                f"{needs[0]} needs the residuals of a loss that is a convex function of outputs, as mse_loss,"
-                " with one weight_decay for all parameters; this closure shows none."
-            )
+            form = form._replace(name="residual", why=f"as {needs[0]} needs it")
         if form.name == "residual":
-            state.learn(residual_cost=(*cost[:-1], math.inf))
+            space, why = _of_residuals(problem, group, method, state)
+            if known[0]:
+                state.learn(residual_cost=_corrected(known, space, why))
+            if space is not None:
+                return form, space
+            if needs:
+                raise RuntimeError(f"{needs[0]} needs the space of residuals, but {why}.")
+        elif known[0]:
+            state.learn(residual_cost=known)
     form = form_of(group, method, n, dtype)
     growth = _growth(group, method, form, noise, model.norm)
     return form, _space(model, method, form, growth, state)
@@ -249,14 +258,30 @@ def _form_and_space(
 
 def _of_residuals(
     problem: ClosureProblem, group: Mapping[str, Any], method: Method, state: Kept
-) -> Residual | None:
-    """Their space; None where they turn out not to be what the model is of."""
-    residuals, last = problem.residuals.model(), state.vector(LAST)
-    if residuals is None:
-        return None
-    before = None if last is None or not group["spring"] else group["spring"] * last
-    space = Residual(problem.model(), residuals, group[method.size], before)
-    return space if space.agrees() else None
+) -> tuple[Residual | None, str]:
+    """Their space, or why there is none."""
+    if missing := problem.residuals.missing:
+        return None, missing
+    last = state.vector(LAST) if group["spring"] else None
+    before = None if last is None else problem.scaling.over(group["spring"] * last)
+    try:
+        residuals = problem.residuals.model()
+        if residuals is None:
+            return None, NO_RESIDUALS
+        space = Residual(problem.model(), residuals, group[method.size], before)
+    except TooLargeError as error:
+        return None, str(error).rstrip(".")
+    if not space.agrees():
+        return None, DISAGREES
+    return space, ""
+
+
+def _corrected(known: Known, space: Residual | None, why: str) -> Known:
+    """What the space costs, as it turned out: infinite where it will not be there in the next step either."""
+    m, n, passes, cost = known
+    if space is not None:
+        return m, n, space.products, cost + PASS_COST * (space.products - passes)
+    return known if why == DISAGREES else (m, n, passes, math.inf)
 
 
 def _space(model: QuadraticModel, method: Method, form: Form, growth: Growth, state: Kept) -> Subspace:

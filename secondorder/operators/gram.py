@@ -37,11 +37,13 @@ class Gram(NamedTuple):
         forms: For each parameter "ghost" (its rows were not formed), "rows" (they were, for it alone) or
             "none" (they are zero, or have weight 0).
         why: Why rows were formed; empty where none were.
+        passes: Backward passes that it took.
     """
 
     matrix: Tensor
     forms: tuple[str, ...]
     why: str
+    passes: int
 
 
 @torch.no_grad()
@@ -95,7 +97,8 @@ def gram(jacobian: Jacobian, weights: Sequence[float] | None = None, *, memory: 
     _add_passes(jacobian, slow, factor, total, index)
     for i in slow:
         forms[i] = "rows"
-    return Gram(total.whole(index), tuple(forms), _listed(layers.unread | why))
+    passes = layers.passes + (jacobian.shape[0] if slow else 0)
+    return Gram(total.whole(index), tuple(forms), _listed(layers.unread | why), passes)
 
 
 def _checked(jacobian: Jacobian, weights: Sequence[float] | None, memory: float) -> list[float]:

@@ -93,7 +93,7 @@ class OutputHessian:
         basis = eye.view(k, *(shape[dim] if dim in dims else 1 for dim in range(len(shape)))).expand(
             k, *shape
         )
-        columns = torch.cat([self._rows(V) for V in basis.split(max(1, CHUNK // shape.numel()))])
+        columns = torch.cat([self._rows(V) for V in basis.split(max(1, CHUNK // max(1, shape.numel())))])
         matrices = _last(columns, tuple(dim + 1 for dim in dims)).reshape(k, -1, k).permute(1, 2, 0)
         return Blocks(matrices, dims)
 

@@ -47,10 +47,8 @@ class SquareRoot(NamedTuple):
             values, vectors = matrices[:, :, 0], torch.ones_like(matrices)
         else:
             values, vectors = torch.linalg.eigh((matrices + matrices.mT).double() / 2)
-        if not values.numel():
-            return None
         # A gradient over a root that is smaller would drown the others.
-        bound = eps * k * values.abs().max()
+        bound = eps * k * (values.abs().max() if values.numel() else 0.0)
         if bool((values < -NEGATIVE * bound).any()) or not bool(values.isfinite().all()):
             return None
         roots = torch.where(values > ZERO * bound, values, 0.0).sqrt()
@@ -148,6 +146,8 @@ class ResidualJacobian(LinearOperator):
 
     # Of the columns.
     _factor: float | Tensor = 1.0
+    # Without it, once it was formed.
+    _matrix: Tensor | None = None
 
     def __init__(self, operator: GaussNewton, roots: SquareRoots, memory: float = 2.0**32) -> None:
         self.jacobian, self._roots, self.memory = operator.jacobian, roots, memory
@@ -160,14 +160,16 @@ class ResidualJacobian(LinearOperator):
     def of(cls, operator: GaussNewton, memory: float = 2.0**32) -> ResidualJacobian | None:
         """That of a Gauss-Newton matrix.
 
-        None where a loss couples more outputs than a block may have, is not convex, or is one of several
-        tensors; and where outputs and parameters differ in precision.
+        None where a loss couples more outputs than a block may have, is not convex, or is one of none or of
+        several tensors; and where outputs and parameters differ in precision.
         """
         places = operator.output_hessians()
         if not places or operator.jacobian.is_mixed:
             return None
         roots: list[SquareRoot] = []
         for gradient, outputs in places:
+            if not gradient.numel():
+                return None
             blocks = OutputHessian(gradient, outputs).blocks()
             root = None if blocks is None else SquareRoot.of(blocks, gradient.shape)
             if root is None:
@@ -196,9 +198,14 @@ class ResidualJacobian(LinearOperator):
 
     def dense(self, chunk_size: int = 128) -> Tensor:
         """The matrix, by ``rows``."""
-        found = rows(self.jacobian, memory=max(self.memory, 2.0 * self.shape[0] * self.shape[1] * 8))
-        self.passes = found.passes
-        return self._roots.transposed(_column(self._factor) * found.matrix.T).T
+        if self._matrix is None:
+            found = rows(self.jacobian, memory=self.memory)
+            self.passes, self._matrix = found.passes, self._roots.transposed(found.matrix.T).T
+        return (
+            self._matrix
+            if isinstance(self._factor, float) and self._factor == 1
+            else self._matrix * self._factor
+        )
 
     def gram(self) -> Tensor:
         """``A A^T``, shape (m, m): by ``gram``, without ``A``, where its columns are scaled by parameter."""
@@ -207,6 +214,7 @@ class ResidualJacobian(LinearOperator):
             A = self.dense()
             return A @ A.T
         found = gram(self.jacobian, weights, memory=self.memory)
+        self.passes = found.passes
         half = self._roots.transposed(found.matrix.to(self.dtype)).T
         return self._roots.transposed(half)
 
@@ -232,5 +240,8 @@ def _weights(factor: float | Tensor, parameters: Sequence[Tensor]) -> list[float
     if not isinstance(factor, Tensor):
         return [factor**2] * len(parameters)
     parts = factor.split([p.numel() for p in parameters])
-    ends = torch.stack([torch.stack(torch.aminmax(part)) for part in parts]).tolist()
+    # Of no entries, one that is not there.
+    ends = torch.stack(
+        [torch.stack(torch.aminmax(part if len(part) else factor[:1])) for part in parts]
+    ).tolist()
     return [low**2 for low, _ in ends] if all(low == high for low, high in ends) else None

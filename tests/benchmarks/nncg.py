@@ -92,7 +92,7 @@ class NNCG:
             self._sketch = Sketch.of(hessian, gradient)
         self._steps += 1
         self._step = solve(hessian, gradient, self._step, self._sketch, self._is_over)
-        return 2 + 2 * products + self._search(loss, float(before), gradient) / 3
+        return 2 + 2 * products + self._search(loss, float(before.detach()), gradient) / 3
 
     @torch.no_grad()
     def _search(self, loss: Callable[[], Tensor], before: float, gradient: Tensor) -> int:

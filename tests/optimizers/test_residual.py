@@ -130,6 +130,63 @@ def test_a_gradient_that_the_closure_clips_is_followed():
     assert math.isclose(optimizer.report.gradient_norm, 1e-3, rel_tol=1e-5)
 
 
+def test_one_clipped_gradient_does_not_switch_the_form_off():
+    net, x = network(True)
+    optimizer, forms = optim.GaussNewton(net.parameters()), []
+    for k in range(3):
+
+        def closure(k=k):
+            optimizer.zero_grad()
+            loss = LOSSES["mse"](net(x))
+            loss.backward()
+            if k == 1:
+                nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+            return loss
+
+        optimizer.step(closure)
+        forms.append(optimizer.report.form.split()[0])
+    assert forms == ["residual", "grown", "residual"]
+
+
+@pytest.mark.parametrize("memory", [2.0**15, 2.0**17, 2.0**20, 2.0**23])
+def test_where_memory_is_short_another_form_is_taken(memory):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 144, 1))
+    x = torch.randn(64, 1, 12, 12)
+    optimizer = optim.GaussNewton(net.parameters(), memory=memory, curvature_batch=None)
+    for _ in range(2):
+        optimizer.step(lambda: F.mse_loss(net(x), x.mean((1, 2, 3))[:, None]))
+        assert optimizer.report.accepted
+
+
+def test_passes_are_counted_as_they_are_made():
+    """Samples that mix need one for each row: the next step knows."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.randn(60, 4).double()
+    optimizer = optim.GaussNewton(net.parameters(), solver="direct")
+    optimizer.step(lambda: F.mse_loss(net(x), x[:, :1]))
+    assert optimizer.report.products >= 30
+    first = optimizer.param_groups[0]["residual_cost"]
+    optimizer.step(lambda: F.mse_loss(net(x), x[:, :1]))
+    assert optimizer.param_groups[0]["residual_cost"] == first
+    assert first[-1] > 10
+    wide = nn.Sequential(nn.Linear(784, 30), nn.Tanh(), nn.Linear(30, 10))
+    inputs = torch.randn(50, 784)
+    optimizer = optim.GaussNewton(wide.parameters(), solver="direct")
+    optimizer.step(lambda: F.cross_entropy(wide(inputs), torch.arange(50) % 10))
+    assert optimizer.report.products < 20
+
+
+def test_an_empty_batch_of_outputs():
+    net, x = network(False)
+    optimizer = optim.GaussNewton(net.parameters(), solver="direct")
+    loss = LOSSES["mse"]
+    optimizer.step(lambda: loss(net(x)) + F.mse_loss(net(x[:0]), net(x[:0]).detach(), reduction="sum"))
+    assert optimizer.report.accepted
+
+
 def test_samples_that_mix_are_no_harm():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
@@ -240,6 +297,10 @@ class TestScaling:
             optimizer.step(lambda: (w**4).sum() - w.prod())
         assert torch.equal(w, before)
 
+    def test_weight_decay_is_an_error(self):
+        with pytest.raises(ValueError, match="scaling='more' takes no weight_decay, got 0.1"):
+            optim.GaussNewton([torch.ones(2, requires_grad=True)], scaling="more", weight_decay=0.1)
+
     def test_unknown(self):
         with pytest.raises(ValueError, match="scaling must be one of 'identity', 'more', got 'jac'"):
             optim.GaussNewton([torch.ones(2, requires_grad=True)], scaling="jac")
@@ -299,8 +360,27 @@ class TestSpring:
                 p.grad *= 0.5
             return loss
 
-        with pytest.raises(RuntimeError, match="spring needs the residuals"):
+        with pytest.raises(
+            RuntimeError, match="spring needs the space of residuals, but the gradient in .grad is not"
+        ):
             optimizer.step(closure)
+
+    @pytest.mark.parametrize("option", [{"spring": 0.9}, {"scaling": "more"}], ids=str)
+    def test_all_samples_are_needed(self, option):
+        w = [torch.ones(2, requires_grad=True)]
+        with pytest.raises(ValueError, match="needs all residuals, got curvature_batch=20"):
+            optim.GaussNewton(w, curvature_batch=20, **option)
+        with pytest.raises(ValueError, match="must be off with a closure for curvature_batch"):
+            optim.GaussNewton(w, curvature_batch=w[0].sum, **option)
+
+    def test_keeps_the_step_in_units_of_the_parameters_and_not_shortened(self):
+        net, x = network(True)
+        optimizer = optim.GaussNewton(net.parameters(), spring=0.9, lr=0.1, damping_scale=4.0)
+        before = flat(p.detach().clone() for p in net.parameters())
+        optimizer.step(lambda: LOSSES["mse"](net(x)))
+        moved = flat(p.detach() for p in net.parameters()) - before
+        last = flat(optimizer.state[p]["last_solution"] for p in net.parameters())
+        torch.testing.assert_close(last, moved / 0.1, rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize("option", [{"spring": 0.9}, {"scaling": "more"}], ids=str)
     @pytest.mark.parametrize("solver", ["subspace", "cg"])
