@@ -37,7 +37,9 @@ def make(name: str, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     if name.startswith("Adam"):
         return torch.optim.Adam(parameters, lr=float(name.removeprefix("Adam")))
     kind, _, samples = name.partition(" ")
-    return getattr(optim, kind)(parameters, **({"curvature_batch": None} if samples == "all" else {}))
+    # In the same form: the space of residuals is of all of them.
+    options = {"curvature_batch": None, "solver": "subspace"} if samples == "all" else {}
+    return getattr(optim, kind)(parameters, **options)
 
 
 class Cost(NamedTuple):
