@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Options that groups may differ in: of the rest there is one, as there is one model for all parameters.
 OF_GROUPS = ("lr", "weight_decay", "damping_scale")
-FLAGS = ("maximize", "strict", "history")
+FLAGS = ("maximize", "strict", "history", "acceleration")
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -259,6 +259,10 @@ class TestAcceleration:
         assert optimizer.report.accepted
         assert optimizer.report.new_loss < optimizer.report.loss
 
+    def test_is_on_or_off(self):
+        with pytest.raises(ValueError, match="acceleration must be True or False, got 'yes'"):
+            optim.GaussNewton([torch.ones(2, requires_grad=True)], acceleration="yes")
+
 
 class TestScaling:
     def fitted(self, units, scaling, steps=6):
