@@ -191,8 +191,7 @@ def test_evolution(problem, table):
 @pytest.mark.slow
 def test_adding(table):
     ours, _ = measured("adding", table)
-    # The third learns sequences by heart first.
-    assert sum(points[-1].errors[0] <= 0.01 for points in ours["HessianFree"]) >= 2
+    assert all(points[-1].errors[0] <= 0.01 for points in ours["HessianFree"])
 
 
 @pytest.mark.slow

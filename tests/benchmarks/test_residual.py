@@ -179,9 +179,9 @@ def fresh_points(seed, **options):
 
 @pytest.mark.slow
 def test_spring():
-    """On few points that change from step to step: ahead at first, level in the end."""
+    """On few points that change from step to step."""
     runs = {spring: [fresh_points(seed, spring=spring) for seed in SEEDS] for spring in (0.0, 0.9, 0.99)}
     means = {s: [statistics.geometric_mean(e) for e in zip(*r, strict=True)] for s, r in runs.items()}
     print(f"\nrelative errors after 100 and 300 steps: {means}")
-    assert means[0.9][0] <= 0.5 * means[0.0][0]
-    assert means[0.99][0] <= 0.5 * means[0.0][0]
+    assert means[0.9][0] <= 0.75 * means[0.0][0]
+    assert means[0.9][1] <= 0.75 * means[0.0][1]
