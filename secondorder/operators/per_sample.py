@@ -166,13 +166,29 @@ def _outputs(jacobian: Jacobian) -> Iterator[Output]:
 
 def _parts(source: Source) -> Iterator[Source]:
     """What an output was joined from along its samples: batches of their own, as of domain and boundary."""
-    node: Any = source.edge.node if isinstance(source, Place) else source.grad_fn
+    node, joined = _node(source), source
+    # Of one order of entries.
+    while node is not None and node.name() in _RESHAPED and _is_inner(node.next_functions[0]):
+        joined = Place.of(*node.next_functions[0])
+        node = _node(joined)
     parts = node.next_functions if node is not None and node.name() == "CatBackward0" else ()
-    if not parts or signed(node._saved_dim) % like(source).ndim or not all(map(_is_inner, parts)):
+    if not parts or signed(node._saved_dim) % like(joined).ndim or not all(map(_is_inner, parts)):
         yield source
         return
     for part, number in parts:
         yield from _parts(Place.of(part, number))
+
+
+# Views that keep the order of entries.
+_RESHAPED = {
+    *(f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze")),
+    *(f"SqueezeBackward{i}" for i in range(4)),
+}
+
+
+def _node(source: Source) -> Any:
+    """What made it; None where nothing did."""
+    return source.edge.node if isinstance(source, Place) else source.grad_fn
 
 
 def _is_inner(edge: tuple[Node | None, int]) -> bool:

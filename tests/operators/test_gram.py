@@ -301,6 +301,7 @@ def test_physics_informed_network(route):
     found = check((inner, boundary), model.parameters(), forms)
     # Joined to one vector of residuals, of which 11 "samples" are two batches.
     joined = check(torch.cat([inner, boundary]), model.parameters(), forms)
+    check(torch.cat([inner, boundary]).flatten()[None, :, None].squeeze(0), model.parameters(), forms)
     assert torch.equal(found.matrix, joined.matrix)
 
 
