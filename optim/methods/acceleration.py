@@ -33,12 +33,15 @@ class Acceleration:
     def __init__(self, space: Residual, change: Callable[[Tensor], Tensor | None], noise: float) -> None:
         self._space, self._change, self._noise = space, change, noise
 
-    def __call__(self, solution: Solution) -> Solution | None:
-        """The solution with half its acceleration added; None where that is too large to be trusted."""
+    def __call__(self, solution: Solution) -> Solution:
+        """The solution with half its acceleration added, where that is not too large to be trusted.
+
+        The step is tried as it is then: as measured, to refuse it takes more of them.
+        """
         if solution.predicted() <= SEEN * self._noise:
             return solution
         change = self._change(PART * solution.step)
         if change is None:
             return solution
         bend = (change / PART - self._space.moved(solution.shift)) * (2 / PART)
-        return self._space.bent(solution, bend, LARGEST)
+        return self._space.bent(solution, bend, LARGEST) or solution

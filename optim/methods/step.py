@@ -26,8 +26,7 @@ class Options(NamedTuple):
         is_bold: While the model is right try bolder sizes, as long as the objective falls.
         longest: Try multiples of a step that the model was too careful about, up to this one.
         least_ratio: Below this reduction ratio safer sizes are tried.
-        bend: Makes another step of a solution, that follows the problem further; None where there is none to
-            be trusted.
+        bend: Makes another step of a solution, that follows the problem further.
     """
 
     rate: float = 1.0
@@ -35,7 +34,7 @@ class Options(NamedTuple):
     is_bold: bool = False
     longest: float = 1.0
     least_ratio: float = control.BAD
-    bend: Callable[[Solution], Solution | None] | None = None
+    bend: Callable[[Solution], Solution] | None = None
 
 
 class Outcome(NamedTuple):
@@ -119,7 +118,8 @@ class Step:
         """Solve, try and judge; of two candidates keep the better."""
         self._trials += 1
         solution = self._solved(size)
-        attempt = self._judged(size, self._bent(solution))
+        bend = self._options.bend
+        attempt = self._judged(size, solution if bend is None else bend(solution))
         if solution.other is not None and not attempt.is_final:
             other = self._judged(size, solution.other)
             if other.is_accepted and not attempt.trial.value <= other.trial.value:
@@ -133,11 +133,6 @@ class Step:
         if form is None:
             return solution
         return solution._replace(quadratic=form(solution.step, solution.coordinates))
-
-    def _bent(self, solution: Solution) -> Solution:
-        """Of no worth where there is none to be trusted: the next one is shorter."""
-        bent = solution if self._options.bend is None else self._options.bend(solution)
-        return solution._replace(linear=0.0, quadratic=0.0) if bent is None else bent
 
     def _judged(self, size: float, solution: Solution) -> _Attempt:
         rate = self._options.rate

@@ -71,8 +71,8 @@ class GaussNewton(SecondOrderOptimizer):
             model was right or too careful. 1.0 for none; there are none with mini-batches, nor with another
             ``lr`` than one, nor in a first step whose damping was given.
         acceleration: Bend steps in the space of residuals by the second derivative of these, where the loss
-            is a sum of their squares: one evaluation each. A step of which it would be too large a part is
-            shortened.
+            is a sum of their squares: one evaluation each. Where that would be too large a part of a step it
+            is left out.
         scaling: Of the variables: "identity", or "more", by the largest norm that each column of the Jacobian
             of the residuals had, for variables of different units, as in fits of curves. Without
             ``weight_decay``.
