@@ -92,7 +92,7 @@ MUTANTS = {
         '    with torch.enable_grad():\n        is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", "vjp")',
         '    if True:\n        is_inputs_tuple, inputs = arguments.as_tuple(inputs, "inputs", "vjp")',
     ),
-    "hvp_is_called_vhp_in_errors": (SECOND_ORDER, 'has_aux, "hvp")', 'has_aux, "vhp")'),
+    "hvp_is_called_vhp_in_errors": (SECOND_ORDER, 'return_grad, "hvp")', 'return_grad, "vhp")'),
     "jvp_forgets_v": (
         PRODUCTS,
         "columns = arguments.grad(grads, duals, vector,",

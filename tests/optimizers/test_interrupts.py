@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import optim
 import secondorder
+from secondorder.operators.residual import ResidualJacobian
 from secondorder.operators.samples import SampledGaussNewton
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -105,6 +106,8 @@ CONFIGS = {
     "gauss_newton_cg": lambda: Config(
         lambda p: optim.GaussNewton(p, solver="cg"), plain, dtype=torch.bfloat16
     ),
+    "gauss_newton_subspace": lambda: Config(lambda p: optim.GaussNewton(p, solver="subspace"), plain),
+    "gauss_newton_spring": lambda: Config(lambda p: optim.GaussNewton(p, spring=0.9), plain),
     "gauss_newton_rejected": lambda: Config(lambda p: optim.GaussNewton(p, damping=1e-9, rtol=1e-9), plain),
 }
 
@@ -147,12 +150,16 @@ def in_forwards(bomb, config, monkeypatch):
 
 
 def in_products(bomb, config, monkeypatch):
-    for operator in (secondorder.Hessian, secondorder.GaussNewton, SampledGaussNewton):
-        for name in ("_matvec", "_matmat"):
-            product = getattr(operator, name)
-            monkeypatch.setattr(
-                operator, name, lambda self, v, product=product: (bomb.tick(), product(self, v))[1]
-            )
+    products = [
+        (operator, name)
+        for operator in (secondorder.Hessian, secondorder.GaussNewton, SampledGaussNewton)
+        for name in ("_matvec", "_matmat")
+    ]
+    for operator, name in (*products, (ResidualJacobian, "dense")):
+        product = getattr(operator, name)
+        monkeypatch.setattr(
+            operator, name, lambda self, *v, product=product: (bomb.tick(), product(self, *v))[1]
+        )
 
 
 def step_until(bomb, where, config):
