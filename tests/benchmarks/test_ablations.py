@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import optim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = (0, 1, 2)
 MAX_GRADIENTS = 6000.0
 
@@ -113,14 +114,6 @@ def compared(name: str) -> tuple[str, float]:
     triples = zip(ingredient.levels, before, after, strict=True)
     cells = "".join(f"{level:<8g}{a:7.0f} -> {b:<9.0f}" for level, a, b in triples)
     return f"{name:<14}{cells}", after[-1] / before[-1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ import torch
 from frontier import Task
 from racing import Budget, Point, race
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = (0, 1, 2)
 # A tenth of the time, and one seed: what breaks, breaks; no limit holds.
 QUICK = 0.1
@@ -86,14 +87,6 @@ ROWS = {
         (0,),
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import torch
 from problems import PROBLEMS
 from training import OURS, PEERS, Mean, Run, mean, mini_batches, run, runs, steps_to_gradient
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = (0, 1, 2)
 
 
@@ -59,14 +60,6 @@ LEAST_ACCURACY, LARGEST_FALL = 0.97, 0.01
 SAMPLED, LARGEST_PART = ("swap", "mlp", "cnn", "ae", "log", "diabetes", "rnn"), 0.7
 # Logistic regression: from any start Newton's last steps are quadratic.
 GRADIENT_NORM, MOST_STEPS = 1e-12, 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,8 @@ from optim.methods.residual import Residual
 from secondorder import GaussNewton
 from secondorder.operators.residual import ResidualJacobian
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = (0, 1, 2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def wide(dtype):
