@@ -1,6 +1,7 @@
 """Second-order optimizers for PyTorch: swap in where ``torch.optim.LBFGS`` or ``Adam`` stood."""
 
-from optim.functions.minimize import MinimizeResult, minimize
+from optim.functions.minimize import minimize
+from optim.functions.results import OptimizeResult
 from optim.optimizers.gauss_newton import GaussNewton
 from optim.optimizers.hessian_free import HessianFree
 from optim.optimizers.newton import Newton
@@ -13,7 +14,7 @@ __all__ = [
     "GaussNewton",
     # functional front ends
     "minimize",
-    "MinimizeResult",
+    "OptimizeResult",
     # what a step did
     "StepReport",
 ]

@@ -121,7 +121,12 @@ ORDER = [
     "optim.optimizers.hessian_free",
     "optim.optimizers.gauss_newton",
     "optim.functions",
+    "optim.functions.results",
+    "optim.functions.variables",
+    "optim.functions.bounds",
+    "optim.functions.frame",
     "optim.functions.problem",
+    "optim.functions.run",
     "optim.functions.saddle",
     "optim.functions.minimize",
     "optim",
@@ -147,7 +152,17 @@ MAX_CLASS_LINES = 200
 MAX_METHODS = 12
 # Mirrors of torch's signatures, SciPy's cg with a radius, constructors of optimizers and public front ends,
 # whose parameters users of the ecosystem expect.
-MANY_PARAMETERS = {"embedding_bag", "fvp", "hessian", "jacobian", "hvp", "__init__", "influence", "cg"}
+MANY_PARAMETERS = {
+    "embedding_bag",
+    "fvp",
+    "hessian",
+    "jacobian",
+    "hvp",
+    "__init__",
+    "influence",
+    "cg",
+    "minimize",
+}
 
 FILES = sorted(path for package in ("secondorder", "optim") for path in (ROOT / package).rglob("*.py"))
 

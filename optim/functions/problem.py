@@ -5,35 +5,72 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from optim.functions.frame import Frame
+from optim.functions.variables import Variables
 from optim.methods import control
 from optim.methods.problem import QuadraticModel, Trial, norm
 from secondorder import Hessian
 
-# What is minimised: a tensor of the shape of the start -> a single element.
-Function = Callable[[Tensor], Tensor]
+# Of x as the user gave it, and further arguments.
+Function = Callable[..., Any]
+
+
+class Evaluation:
+    """Calls a user's function at flat vectors, and counts the calls.
+
+    Args:
+        fun: Of x, as ``variables`` unpacks it, and ``args``.
+        variables: Of ``x0``.
+        args: Further arguments.
+        has_aux: Whether ``fun`` returns a pair, of which the second part is kept.
+
+    Attributes:
+        count: Of the calls.
+    """
+
+    def __init__(self, fun: Function, variables: Variables, args: Any = (), has_aux: bool = False) -> None:
+        if not callable(fun):
+            raise TypeError(f"fun must be a function of x, got {type(fun).__name__}.")
+        self._fun, self._variables, self._has_aux = fun, variables, has_aux
+        self._args = args if isinstance(args, tuple) else (args,)
+        self.count = 0
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The value in the graph of ``x``, and what came with it."""
+        self.count += 1
+        value, aux = self._fun(self._variables.unpack(x), *self._args), None
+        if self._has_aux:
+            if not (isinstance(value, tuple) and len(value) == 2):
+                raise TypeError(f"fun must return (value, aux) with has_aux, got {type(value).__name__}.")
+            value, aux = value
+        if not isinstance(value, Tensor):
+            raise TypeError(f"fun must return a tensor, got {type(value).__name__}.")
+        return value, aux
 
 
 class Point:
     """A point and the graph of the value there.
 
     Attributes:
-        x: Of the shape of the start.
+        x: Flat, shape (n,).
         value: There.
+        aux: What came with the value.
         has_graph: Whether the value has derivatives.
     """
 
-    def __init__(self, fun: Function, x: Tensor) -> None:
+    def __init__(self, fun: Evaluation, x: Tensor) -> None:
         with torch.enable_grad():
             variable = x.detach().requires_grad_()
-            loss = fun(variable)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"fun must return a tensor, got {type(loss).__name__}.")
+            loss, self.aux = fun(variable)
         if loss.numel() != 1:
             raise ValueError(f"fun must return a single element, got shape {tuple(loss.shape)}.")
+        if loss.is_complex():
+            raise TypeError(f"fun must return a real number, got {loss.dtype}.")
         self._variable, self._loss = variable, loss
         self.x, self.value, self.has_graph = variable.detach(), float(loss.detach()), loss.requires_grad
 
@@ -43,17 +80,24 @@ class Point:
         return Hessian(self._loss, [self._variable])
 
 
+class Counts(NamedTuple):
+    """Evaluations, gradients or Jacobians, and Hessians or products."""
+
+    nfev: int
+    njev: int
+    nhev: int
+
+
 class FunctionProblem:
     """What ``minimize`` minimises.
 
     Args:
-        fun: Of a tensor.
-        x0: Where it begins.
+        fun: Evaluates.
+        x0: Where it begins, flat.
 
     Attributes:
         point: The present one.
-        nfev: Evaluations.
-        njev: Gradients.
+        frame: The variables of models and steps.
         nhev: Hessians or products, which are counted where they are made.
 
     Raises:
@@ -61,27 +105,33 @@ class FunctionProblem:
         ValueError: value or gradient at ``x0`` are not finite, or do not depend on it.
     """
 
-    def __init__(self, fun: Function, x0: Tensor) -> None:
+    def __init__(self, fun: Evaluation, x0: Tensor) -> None:
         self._fun, self._eps = fun, torch.finfo(x0.dtype).eps
-        self.nfev = self.njev = self.nhev = 0
-        self.point = start = self._at(x0)
+        self._njev = self.nhev = 0
+        self.frame = Frame()
+        self.point = start = Point(fun, x0)
         if not math.isfinite(start.value):
             raise ValueError(f"fun(x0) must be finite, got {start.value}; choose another x0.")
         if not start.has_graph:
             raise ValueError("fun(x0) must depend on x, got a value without a graph.")
-        if not bool(self.model().gradient.isfinite().all()):
+        if not bool(self.gradient_at(start).isfinite().all()):
             raise ValueError(
                 "the gradient of fun at x0 must be finite, got NaN or infinity; choose another x0."
             )
 
+    def counts(self) -> Counts:
+        """So far."""
+        return Counts(self._fun.count, self._njev, self.nhev)
+
     def model(self) -> QuadraticModel:
         """From the graph of the present point."""
-        hessian = self._hessian(self.point)
-        return QuadraticModel(self.point.value, hessian.gradient, hessian, norm(hessian.gradient))
+        point = self.point
+        gradient = self.frame.gradient(self.gradient_at(point))
+        return QuadraticModel(point.value, gradient, self.frame.curvature(point.hessian), norm(gradient))
 
     def evaluate(self, step: Tensor) -> Trial:
         """After the step. No value where the function is constant: there is nothing to go on from."""
-        point = self._at(self.point.x + step.view_as(self.point.x))
+        point = Point(self._fun, self.point.x + self.frame.displacement(step))
         is_usable = point.has_graph and math.isfinite(point.value)
         return Trial(step, point.value if is_usable else math.nan, point=point)
 
@@ -99,16 +149,13 @@ class FunctionProblem:
 
     def gradient(self, trial: Trial) -> Tensor:
         """After the step; an accepted one does not take it again."""
-        return self._hessian(trial.point).gradient
+        return self.frame.gradient(self.gradient_at(trial.point))
 
     def move(self, trial: Trial) -> None:
         """To the point of the trial."""
         self.point = trial.point
 
-    def _at(self, x: Tensor) -> Point:
-        self.nfev += 1
-        return Point(self._fun, x)
-
-    def _hessian(self, point: Point) -> Hessian:
-        self.njev += "hessian" not in vars(point)
-        return point.hessian
+    def gradient_at(self, point: Point) -> Tensor:
+        """Of the function, in the user's variables, shape (n,)."""
+        self._njev += "hessian" not in vars(point)
+        return point.hessian.gradient

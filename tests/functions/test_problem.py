@@ -3,17 +3,22 @@
 import torch
 import zoo
 
-from optim.functions.problem import FunctionProblem
+from optim.functions.problem import Evaluation, FunctionProblem
 from optim.functions.saddle import Ends, Line
+from optim.functions.variables import Variables
+
+
+def problem_of(fun, x0):
+    return FunctionProblem(Evaluation(fun, Variables(x0)), x0)
 
 
 def test_an_accepted_trial_is_not_evaluated_again(problem):
-    f = FunctionProblem(problem.func, problem.x0())
+    f = problem_of(problem.func, problem.x0())
     trial = f.evaluate(1e-3 * torch.ones_like(problem.x0()))
     gradient = f.gradient(trial)
     f.move(trial)
     model = f.model()
-    assert (f.nfev, f.njev) == (2, 2)
+    assert f.counts()[:2] == (2, 2)
     x = problem.x0() + 1e-3
     torch.testing.assert_close(f.point.x, x)
     torch.testing.assert_close(model.value, float(problem.func(x)))
@@ -24,7 +29,7 @@ def test_an_accepted_trial_is_not_evaluated_again(problem):
 
 
 def test_a_refused_trial_leaves_the_point(problem):
-    f = FunctionProblem(problem.func, problem.x0())
+    f = problem_of(problem.func, problem.x0())
     before = f.model()
     trial = f.evaluate(torch.ones_like(problem.x0()))
     assert f.decrease(trial) == before.value - trial.value
@@ -34,7 +39,7 @@ def test_a_refused_trial_leaves_the_point(problem):
 
 def test_ends_of_a_spectrum_and_the_line_down():
     A = zoo.indefinite_matrix(30, 1)
-    f = FunctionProblem(lambda x: 0.5 * x @ A @ x, torch.zeros(30, dtype=torch.float64))
+    f = problem_of(lambda x: 0.5 * x @ A @ x, torch.zeros(30, dtype=torch.float64))
     model = f.model()
     ends = Ends(model)
     values, vectors = torch.linalg.eigh(A)

@@ -97,7 +97,7 @@ def test_a_hilltop_at_zero_is_left(method, dtype):
 def test_what_is_no_start_or_callback():
     with pytest.raises(TypeError, match=r"got torch.float16; use x0.float\(\)"):
         optim.minimize(lambda x: x.sum(), torch.zeros(1, dtype=torch.float16))
-    with pytest.raises(TypeError, match="callback must be a function of a MinimizeResult, got int"):
+    with pytest.raises(TypeError, match="callback must be a function of an OptimizeResult, got int"):
         optim.minimize(lambda x: x.square().sum(), torch.ones(1), callback=3)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) takes away"):
         optim.minimize(lambda x: x.square().sum(), torch.ones(1))
