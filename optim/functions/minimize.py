@@ -12,7 +12,7 @@ from optim.functions.results import OptimizeResult
 from optim.functions.run import Callback, Limits, Run, check_call
 from optim.functions.saddle import LANCZOS_STEPS, Ends, Line, has_negative
 from optim.functions.variables import Variables
-from optim.methods.control import trust_radius
+from optim.methods.control import Rule, trust_radius
 from optim.methods.formed import Formed
 from optim.methods.options import check_choice, check_count, check_optional, refuse_arguments
 from optim.methods.step import Options, Outcome
@@ -135,11 +135,10 @@ def minimize(
 class _Newton:
     """Newton's method in a trust region, for the loop over steps."""
 
-    rule = staticmethod(trust_radius)
-
     def __init__(self, problem: FunctionProblem, variables: Variables, direct: bool, gtol: float) -> None:
         self.problem, self._variables, self._direct, self._gtol = problem, variables, direct, gtol
         self._eps = torch.finfo(problem.point.x.dtype).eps
+        self.rule: Rule = trust_radius
         self._stalled = 0
         self._least = problem.point.value
 

@@ -39,7 +39,7 @@ class Variables:
             _check(leaf, leaves[0], name)
         self._layout = Layout(leaves)
         self._is_tensor = isinstance(x0, Tensor)
-        self._shape = leaves[0].shape if self._is_tensor else None
+        self._shape = leaves[0].shape if self._is_tensor else torch.Size()
         self.start = flatten([leaf.detach() for leaf in leaves])
 
     def unpack(self, flat: Tensor) -> Any:
