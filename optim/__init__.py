@@ -1,5 +1,6 @@
 """Second-order optimizers for PyTorch: swap in where ``torch.optim.LBFGS`` or ``Adam`` stood."""
 
+from optim.functions.least_squares import LeastSquaresResult, least_squares
 from optim.functions.minimize import minimize
 from optim.functions.results import OptimizeResult
 from optim.optimizers.gauss_newton import GaussNewton
@@ -14,7 +15,9 @@ __all__ = [
     "GaussNewton",
     # functional front ends
     "minimize",
+    "least_squares",
     "OptimizeResult",
+    "LeastSquaresResult",
     # what a step did
     "StepReport",
 ]

@@ -126,7 +126,11 @@ ORDER = [
     "optim.functions.bounds",
     "optim.functions.frame",
     "optim.functions.problem",
+    "optim.functions.robust",
+    "optim.functions.residuals",
     "optim.functions.run",
+    "optim.functions.squares",
+    "optim.functions.least_squares",
     "optim.functions.saddle",
     "optim.functions.minimize",
     "optim",
@@ -161,6 +165,7 @@ MANY_PARAMETERS = {
     "__init__",
     "influence",
     "cg",
+    "least_squares",
     "minimize",
 }
 

@@ -30,6 +30,7 @@ class Evaluation:
         has_aux: Whether ``fun`` returns a pair, of which the second part is kept.
 
     Attributes:
+        args: As a tuple.
         count: Of the calls.
     """
 
@@ -37,13 +38,13 @@ class Evaluation:
         if not callable(fun):
             raise TypeError(f"fun must be a function of x, got {type(fun).__name__}.")
         self._fun, self._variables, self._has_aux = fun, variables, has_aux
-        self._args = args if isinstance(args, tuple) else (args,)
+        self.args = args if isinstance(args, tuple) else (args,)
         self.count = 0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Any]:
         """The value in the graph of ``x``, and what came with it."""
         self.count += 1
-        value, aux = self._fun(self._variables.unpack(x), *self._args), None
+        value, aux = self._fun(self._variables.unpack(x), *self.args), None
         if self._has_aux:
             if not (isinstance(value, tuple) and len(value) == 2):
                 raise TypeError(f"fun must return (value, aux) with has_aux, got {type(value).__name__}.")
