@@ -132,6 +132,7 @@ ORDER = [
     "optim.functions.squares",
     "optim.functions.least_squares",
     "optim.functions.saddle",
+    "optim.functions.newton",
     "optim.functions.minimize",
     "optim",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.functions.bounds import Box
+from optim.functions.frame import scale_of
 from optim.functions.problem import Evaluation, Function
 from optim.functions.residuals import ResidualProblem, UserJacobian
 from optim.functions.results import OptimizeResult
@@ -208,10 +209,10 @@ def least_squares(
         xtol=XTOL * single**0.5 if xtol is None else xtol,
         gtol=GTOL * single**0.7 if gtol is None else gtol,
     )
-    scale = _scale(x_scale, variables)
+    scale = scale_of(x_scale, "jac", variables)
     face = Squares(problem, scale, tolerances, robust.is_linear, report_of(variables))
     run = Run(face, Limits(max_iter or 1000 + 100 * len(start), max_nfev), callback, progress)
-    result = run.to_the_end(face.first_damping())
+    result = run.to_the_end()
     assert isinstance(result, LeastSquaresResult)
     return result
 
@@ -231,17 +232,6 @@ def _flat(jac: UserJacobian | None, variables: Variables, args: tuple[Any, ...])
     if not callable(jac):
         raise TypeError(f"jac must be a function of x, or None, got {jac!r}; derivatives come from torch.")
     return lambda x: jac(variables.unpack(x), *args)
-
-
-def _scale(x_scale: Any, variables: Variables) -> str | Tensor | None:
-    if isinstance(x_scale, str):
-        if x_scale not in ("jac", "none"):
-            raise ValueError(f"x_scale must be 'jac', 'none' or units of x, got {x_scale!r}.")
-        return "jac" if x_scale == "jac" else None
-    units = variables.pack(x_scale, "x_scale")
-    if not bool((units > 0).all()) or not bool(units.isfinite().all()):
-        raise ValueError("x_scale must be positive and finite, got others; it is the unit of each parameter.")
-    return 1 / units
 
 
 def report_of(variables: Variables) -> Callable[[Squares, str, Run], LeastSquaresResult]:

@@ -126,7 +126,7 @@ class ResidualProblem:
     def evaluate(self, step: Tensor) -> Trial:
         """After the step. No value where residuals are not finite."""
         point = ResidualPoint(self, self._after(step))
-        self._check_count(point.raw)
+        _check_count(self.point.raw, point.raw)
         return Trial(step, point.value if point.is_finite else math.nan, point=point)
 
     def change(self, step: Tensor) -> Tensor | None:
@@ -134,7 +134,7 @@ class ResidualProblem:
         with torch.no_grad():
             x = self._after(step)
             raw = _checked(self.fun(x)[0]).reshape(-1).to(x.dtype)
-        self._check_count(raw)
+        _check_count(self.point.raw, raw)
         after = raw if self.root_weights is None else self.root_weights * raw
         change = after - self.point.residuals
         return change if math.isfinite(float(change.sum())) else None
@@ -148,6 +148,10 @@ class ResidualProblem:
     def noise(self, trial: Trial) -> float:
         """What the rounding of x and of the residuals does to the cost."""
         return control.NOISE_FACTOR * self.rounding_of_residuals * math.sqrt(2 * self.point.value)
+
+    def doubt(self) -> float:
+        """Nothing: decreases are those of the residuals."""
+        return 0.0
 
     def rounding(self) -> float:
         """Nothing beyond it."""
@@ -172,13 +176,6 @@ class ResidualProblem:
         x = self.point.x + self.frame.displacement(step)
         # Rounding may lead out of the bounds.
         return x if self.box is None else self.box.project(x)
-
-    def _check_count(self, raw: Tensor) -> None:
-        if len(raw) != len(self.point.raw):
-            raise ValueError(
-                f"residual must return as many numbers in every call, got {len(self.point.raw)} at first and"
-                f" {len(raw)} now."
-            )
 
 
 class Formed:
@@ -217,6 +214,12 @@ def model_of(J: Tensor, residuals: Tensor, value: float) -> tuple[QuadraticModel
     curvature: LinearOperator = MatrixOperator(J, is_symmetric=False)
     model = QuadraticModel(value, gradient, curvature.T @ curvature, norm(gradient))
     return model, Residuals(Formed(J), -residuals, None, 0.0)
+
+
+def _check_count(first: Tensor, now: Tensor) -> None:
+    if len(now) != len(first):
+        text = f"as many numbers in every call, got {len(first)} at first and {len(now)} now"
+        raise ValueError(f"residual must return {text}.")
 
 
 def _fitting(root_weights: Tensor, residuals: Tensor) -> Tensor:

@@ -134,9 +134,8 @@ class Squares:
         self._rate, self._length = 1.0, math.inf
         self._value, self._gain = problem.point.value, math.inf
 
-    def first_damping(self) -> float:
-        """At the start."""
-        self.look()
+    def first_size(self) -> float:
+        """A damping."""
         J = self.at.frame.gradient(self.at.jacobian)
         largest = float(J.square().sum(0).max()) if J.numel() and not self._follows else 1.0
         return FIRST_DAMPING * (largest if 0 < largest < math.inf else 1.0)
@@ -144,8 +143,6 @@ class Squares:
     def look(self) -> None:
         """At the present point, and at how fast the steps of Gauss and Newton shrink."""
         problem = self.problem
-        if self._accepted == 0 and hasattr(self, "at"):
-            return
         residuals, J = problem.robust.corrected(problem.point.residuals, problem.jacobian(problem.point))
         if self._follows:
             self._units = more_scale(J.norm(dim=0), self._units, self._accepted)

@@ -69,7 +69,7 @@ def test_the_minimiser_is_scipys(seed):
 @pytest.mark.parametrize("f_scale", [0.1, 0.7])
 def test_robust_losses_are_scipys(loss, f_scale):
     residual, x0 = single(1, outliers=6)
-    result = optim.least_squares(residual, x0, loss=loss, f_scale=f_scale, xtol=1e-11)
+    result = optim.least_squares(residual, x0, loss=loss, f_scale=f_scale, xtol=1e-13, gtol=1e-13)
     theirs = scipys(residual, x0, loss=loss, f_scale=f_scale)
     assert result.success, result
     torch.testing.assert_close(result.x, torch.tensor(theirs.x), rtol=TIGHT, atol=0.0)

@@ -32,6 +32,9 @@ class Seen:
     def noise(self, trial):
         return self._noise
 
+    def doubt(self):
+        return 0.0
+
     def rounding(self):
         return self._rounding
 
