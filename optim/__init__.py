@@ -1,7 +1,9 @@
 """Second-order optimizers for PyTorch: swap in where ``torch.optim.LBFGS`` or ``Adam`` stood."""
 
+from optim.functions.curve_fit import curve_fit
 from optim.functions.minimize import minimize
 from optim.functions.results import OptimizeResult
+from optim.functions.root import root
 from optim.optimizers.gauss_newton import GaussNewton
 from optim.optimizers.hessian_free import HessianFree
 from optim.optimizers.newton import Newton
@@ -14,6 +16,8 @@ __all__ = [
     "GaussNewton",
     # functional front ends
     "minimize",
+    "curve_fit",
+    "root",
     "OptimizeResult",
     # what a step did
     "StepReport",

@@ -129,6 +129,9 @@ ORDER = [
     "optim.functions.run",
     "optim.functions.saddle",
     "optim.functions.minimize",
+    "optim.functions.least_squares",
+    "optim.functions.curve_fit",
+    "optim.functions.root",
     "optim",
 ]
 IMPORTS_NOTHING = ["optim.methods.control", "optim.methods.options", "optim.optimizers.report"]
@@ -162,6 +165,8 @@ MANY_PARAMETERS = {
     "influence",
     "cg",
     "minimize",
+    "curve_fit",
+    "root",
 }
 
 FILES = sorted(path for package in ("secondorder", "optim") for path in (ROOT / package).rglob("*.py"))
