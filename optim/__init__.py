@@ -1,6 +1,7 @@
 """Second-order optimizers for PyTorch: swap in where ``torch.optim.LBFGS`` or ``Adam`` stood."""
 
 from optim.functions.curve_fit import curve_fit
+from optim.functions.least_squares import LeastSquaresResult, least_squares
 from optim.functions.minimize import minimize
 from optim.functions.results import OptimizeResult
 from optim.functions.root import root
@@ -16,9 +17,11 @@ __all__ = [
     "GaussNewton",
     # functional front ends
     "minimize",
+    "least_squares",
     "curve_fit",
     "root",
     "OptimizeResult",
+    "LeastSquaresResult",
     # what a step did
     "StepReport",
 ]

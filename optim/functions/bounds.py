@@ -38,18 +38,23 @@ class Box:
             )
 
     @classmethod
-    def of(cls, bounds: Any, variables: Variables) -> Box | None:
+    def of(cls, bounds: Any, variables: Variables, *, two_by_two: str = "entries") -> Box | None:
         """From what SciPy takes: a pair (lower, upper), pairs for each entry, or ``scipy.optimize.Bounds``.
 
-        None where nothing is bounded. An array of shape (2, 2) is read as pairs for each entry when
-        it is a list or tuple of pairs of numbers, as ``scipy.optimize.minimize`` does.
+        None where nothing is bounded.
+
+        Args:
+            bounds: One of these; None in place of a number is no bound.
+            variables: Of ``x0``.
+            two_by_two: What two pairs of numbers are for two unknowns: "entries", a pair for each entry, as
+                SciPy's ``minimize`` reads them, or "sides", (lower, upper), as its ``least_squares`` does.
 
         Raises:
             ValueError: it is none of these, or has another shape than ``x0``.
         """
         if bounds is None:
             return None
-        lower, upper = _sides(bounds, variables.start.numel())
+        lower, upper = _sides(bounds, variables.start.numel(), two_by_two)
         box = cls(
             variables.pack(_without_none(lower, -np.inf), "bounds"),
             variables.pack(_without_none(upper, np.inf), "bounds"),
@@ -71,11 +76,11 @@ class Box:
         return (x >= self.upper).to(torch.int8) - (x <= self.lower).to(torch.int8)
 
 
-def _sides(bounds: Any, n: int) -> tuple[Any, Any]:
+def _sides(bounds: Any, n: int, two_by_two: str) -> tuple[Any, Any]:
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
         return bounds.lb, bounds.ub
     is_pairs = isinstance(bounds, Sequence) and len(bounds) == n and all(map(_is_pair, bounds))
-    if is_pairs:
+    if is_pairs and (n != 2 or two_by_two == "entries"):
         return [pair[0] for pair in bounds], [pair[1] for pair in bounds]
     if isinstance(bounds, Sequence) and len(bounds) == 2:
         return bounds[0], bounds[1]

@@ -14,8 +14,7 @@ from scipy.optimize import OptimizeWarning
 from torch import Tensor
 
 from optim.functions.bounds import Box
-from optim.functions.least_squares import least_squares
-from optim.functions.results import OptimizeResult
+from optim.functions.least_squares import LeastSquaresResult, inverse_normal, least_squares
 from optim.functions.run import Callback
 from optim.functions.variables import DTYPES
 from optim.methods.options import check_choice, refuse_arguments
@@ -56,7 +55,7 @@ def curve_fit(
     max_nfev: int | None = None,
     callback: Callback | None = None,
     **unsupported: Any,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, OptimizeResult]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LeastSquaresResult]:
     """Fit ``ydata = f(xdata, *parameters) + noise`` by nonlinear least squares.
 
     The sum of squares of ``(f(xdata, *parameters) - ydata) / sigma`` is minimised by ``least_squares``.
@@ -76,7 +75,7 @@ def curve_fit(
         check_finite: Raise where data are not finite; True where None, unless there is a ``nan_policy``.
         bounds: ``(lower, upper)`` with a number or n of them each, or ``scipy.optimize.Bounds``.
         jac: Called as ``f`` is; returns the derivatives of ``f``, shape (m, n). Taken by torch where None.
-        full_output: Return the ``OptimizeResult`` of ``least_squares`` too; then a fit that did not converge
+        full_output: Return the ``LeastSquaresResult`` too; then a fit that did not converge
             is no error.
         nan_policy: Of data: "raise" an error for NaN, or "omit" what has one; None for ``check_finite``.
         loss: As of ``least_squares``: a robust one for data with outliers.
@@ -84,7 +83,7 @@ def curve_fit(
         x_scale: As of ``least_squares``.
         max_iter: Steps allowed, taken or rejected; None for the default of ``least_squares``.
         max_nfev: Evaluations of ``f`` allowed; None for any number.
-        callback: Called with the present ``OptimizeResult`` after each accepted step.
+        callback: Called with the present result after each accepted step.
         unsupported: Arguments of other functions; an error.
 
     Returns:
@@ -137,7 +136,7 @@ def curve_fit(
             f"the fit did not converge ({result.status}): {result.message}. With full_output=True the point"
             " where it stopped is returned."
         )
-    pcov = _covariance(result, data.y.numel(), absolute_sigma)
+    pcov = _covariance(result, absolute_sigma)
     return (result.x, pcov, result) if full_output else (result.x, pcov)
 
 
@@ -274,40 +273,20 @@ def _tensor(values: Any, name: str) -> Tensor:
 
 
 def _start(f: Model, p0: Any, bounds: Any, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The first guess, shape (n,), and both sides of its bounds."""
-    if p0 is not None:
-        p0 = _tensor(p0, "p0").to(y).reshape(-1).detach()
-    n = _parameters(f) if p0 is None else len(p0)
-    sides = None if bounds is None else _sides(bounds, n, y)
-    if p0 is not None:
-        return p0, sides
-    return y.new_ones(n) if sides is None else _inside(*sides), sides
+    """The first guess, shape (n,), and both sides of its bounds; None where nothing is bounded."""
+    guess = None if p0 is None else _tensor(p0, "p0").to(y).reshape(-1).detach()
+    ones = y.new_ones(_parameters(f)) if guess is None else torch.ones_like(guess)
+    box = Box.of(bounds, Variables(ones, "p0"), two_by_two="sides")
+    if box is None:
+        return ones if guess is None else guess, None
+    return _inside(box) if guess is None else guess, (box.lower, box.upper)
 
 
-def _sides(bounds: Any, n: int, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Each as a tensor: two lists of two numbers are sides here, not pairs for each entry."""
-    if not (hasattr(bounds, "lb") and hasattr(bounds, "ub")):
-        try:
-            lower, upper = bounds
-        except (TypeError, ValueError):
-            raise ValueError(f"bounds must be a pair (lower, upper), got {bounds!r}.") from None
-    else:
-        lower, upper = bounds.lb, bounds.ub
-    sides = [_tensor(side, "bounds").to(y) for side in (lower, upper)]
-    for side in sides:
-        if side.numel() not in (1, n):
-            raise ValueError(f"bounds must have one number or {n} on each side, got {side.numel()}.")
-    low, high = (side.reshape(-1).expand(n) for side in sides)
-    Box(low, high)
-    return low, high
-
-
-def _inside(lower: Tensor, upper: Tensor) -> Tensor:
-    """One where there is no bound, the middle of two, a unit inside of a single one."""
+def _inside(box: Box) -> Tensor:
+    """One where there is no bound, the middle of two, a unit inside of a single one: as SciPy starts."""
+    lower, upper = box.lower, box.upper
     below, above = lower.isfinite(), upper.isfinite()
-    p = torch.ones_like(lower)
-    p = torch.where(below & ~above, lower + 1, p)
-    p = torch.where(above & ~below, upper - 1, p)
+    p = torch.where(below, lower + 1, torch.where(above, upper - 1, torch.ones_like(lower)))
     return torch.where(below & above, 0.5 * lower + 0.5 * upper, p)
 
 
@@ -326,17 +305,26 @@ def _parameters(f: Model) -> int:
     return n
 
 
-def _covariance(result: OptimizeResult, m: int, absolute_sigma: bool) -> Tensor:
-    """Of the parameters; infinite where the data leave it open."""
-    n = result.x.numel()
-    pcov: Tensor = result.covariance(absolute_sigma)
-    is_open = result.rank < n or not (absolute_sigma or m > n) or not bool(pcov.isfinite().all())
-    if not is_open:
-        return pcov
-    warnings.warn(
-        "the covariance of the parameters could not be estimated: the data do not determine all of them"
-        f" (rank {result.rank} of {n}, {m} measurements).",
-        OptimizeWarning,
-        stacklevel=3,
-    )
-    return torch.full_like(pcov, math.inf)
+def _covariance(result: LeastSquaresResult, absolute_sigma: bool) -> Tensor:
+    """As SciPy's, of all parameters, those at a bound too; infinite where the data leave some open."""
+    J = result.jac
+    m, n = J.shape
+    rank = _rank(J)
+    if rank < n or not (absolute_sigma or m > n):
+        warnings.warn(
+            "the covariance of the parameters could not be estimated: the data do not determine all of them"
+            f" (rank {rank} of {n}, {m} measurements).",
+            OptimizeWarning,
+            stacklevel=3,
+        )
+        return J.new_full((n, n), math.inf)
+    pcov = inverse_normal(J)
+    return pcov if absolute_sigma else pcov * (2 * result.cost / (m - n))
+
+
+def _rank(J: Tensor) -> int:
+    """In units in which the columns have length one."""
+    lengths = J.norm(dim=0)
+    scaled = torch.where(lengths > 0, J / lengths, 0.0)
+    values = torch.linalg.svdvals(scaled)
+    return int((values > torch.finfo(J.dtype).eps * max(J.shape) * values[0]).sum())

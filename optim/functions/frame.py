@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from optim.functions.variables import Variables
 from secondorder import LinearOperator
 
 
@@ -63,3 +64,19 @@ class Framed(LinearOperator):
     def dense(self, chunk_size: int = 128) -> Tensor:
         """The matrix: that of the function, its rows and columns in these variables."""
         return self._frame.gradient(self._frame.gradient(self._B.dense(chunk_size)).T).T
+
+
+def scale_of(x_scale: Any, name: str, variables: Variables) -> str | Tensor | None:
+    """The scale that a user asks for: ``name`` for one that follows the problem, a vector, or None for ones.
+
+    Raises:
+        ValueError: it is neither that name, "none", nor positive units of x.
+    """
+    if isinstance(x_scale, str):
+        if x_scale not in (name, "none"):
+            raise ValueError(f"x_scale must be {name!r}, 'none' or units of x, got {x_scale!r}.")
+        return name if x_scale == name else None
+    units = variables.pack(x_scale, "x_scale")
+    if not bool((units > 0).all()) or not bool(units.isfinite().all()):
+        raise ValueError("x_scale must be positive and finite, got others; it is the unit of each variable.")
+    return 1 / units

@@ -1,25 +1,29 @@
-"""Minimise a function of a tensor by Newton's method in a trust region."""
+"""Minimise a function by Newton's method in a trust region: to the last digit, or an account of why not."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from optim.functions.problem import Evaluation, Function, FunctionProblem
+from optim.functions.bounds import Box
+from optim.functions.frame import scale_of
+from optim.functions.newton import Dense, Newton, Products, Report, Tolerances
+from optim.functions.problem import Derivatives, Evaluation, Function, FunctionProblem
 from optim.functions.results import OptimizeResult
 from optim.functions.run import Callback, Limits, Run, check_call
-from optim.functions.saddle import LANCZOS_STEPS, Ends, Line, has_negative
+from optim.functions.saddle import LANCZOS_STEPS
 from optim.functions.variables import Variables
-from optim.methods.control import Rule, trust_radius
-from optim.methods.formed import Formed
+from optim.methods import control
 from optim.methods.options import check_choice, check_count, check_optional, refuse_arguments
-from optim.methods.step import Options, Outcome
-from optim.methods.subspace import Bound, Subspace, bounded
-from optim.methods.truncated import Truncated, in_radius
+from optim.methods.subspace import CUBIC, Bound, bounded
+from optim.methods.truncated import in_radius, on_boundary
 
-METHODS = ("auto", "newton", "newton-cg")
+METHODS = ("auto", "newton", "trust-exact", "cubic", "newton-cg", "trust-krylov")
+DENSE = ("newton", "trust-exact", "cubic")
 
 # What to do in place of arguments that scipy.optimize.minimize takes.
 INSTEAD = {
@@ -30,29 +34,38 @@ INSTEAD = {
     "disp": "Nothing is printed: print the result, or use a callback or progress=True.",
 }
 
-# Up to here an eigendecomposition (about 9 n^3 operations a step) is cheaper than Steihaug's products.
-DIRECT_LIMIT = 500
+# Up to here forming the Hessian and its eigenvalues is cheaper than the products of the same steps.
+DIRECT_LIMIT = 100
 
 # The model within the radius alone. Another candidate, where the curvature is negative, costs an evaluation,
 # and gained nothing on 188 problems (NIST, MGH, classic, networks): 148 solved for 150, a sixth more work.
 BALL = Bound(bounded)
 
-# Steps in a row that only the gradient calls a decrease. At a kink, or below the spacing of numbers, it calls
-# all of them so.
-MAX_STALLED = 5
+# In double precision; in single precision near the rounding.
+XTOL = 1e-8
 
 MESSAGES = {
-    "converged": "the gradient is within gtol, and no negative curvature was found: 'newton' looks at all"
-    f" eigenvalues of the Hessian, 'newton-cg' at what {LANCZOS_STEPS} Lanczos steps show",
-    "noise_floor": "no decrease is left that rounding would not hide; the gradient is above gtol",
-    "radius": "the trust radius fell below the spacing of numbers at x; is fun smooth there?",
+    "converged": "the gradient is within gtol, Newton's step changes nothing, and no negative curvature was"
+    " found: '{method}' looks at {seen}",
+    "flat": "the gradient is within gtol, but along some direction the curvature is zero to rounding: the"
+    " minimiser is not unique, or not determined; fix a variable, or add a penalty, 1e-8 * x.square().sum()",
+    "noise_floor": "no decrease is left that rounding would not hide, but the gradient is above gtol or"
+    " Newton's step goes on; rescale fun, use float64, or least_squares for a sum of squares",
+    "radius": "the trust radius fell below the spacing of numbers at x; is fun smooth, its gradient right?",
     "max_iter": "the iteration limit came first; raise max_iter",
     "max_nfev": "the limit on evaluations came first; raise max_nfev",
-    "non_finite": "gradient or Hessian at x are not finite, or span more than the range of numbers",
-    "unbounded": "fun fell by 1e30 times max(1, abs(fun(x0))): it seems to have no minimum",
+    "non_finite": "gradient or Hessian at x are not finite, or span more than the range of numbers; choose"
+    " another x0, or bounds that keep x where they are",
+    "unbounded": "fun fell by 1e30 times max(1, abs(fun(x0))): it seems to have no minimum; look at its sign,"
+    " or give bounds",
     "running": "an intermediate point, as a callback sees it",
     "stopped": "the callback asked to stop",
 }
+CERTIFIED = (
+    "no decrease is left that rounding would not hide; the gradient may be above gtol, but the curvature is"
+    " positive, and Newton's step changes no variable by more than 1e-6, relative"
+)
+SEEN = {True: "all eigenvalues of the Hessian", False: f"what {LANCZOS_STEPS} Lanczos steps show"}
 
 
 def minimize(
@@ -61,8 +74,15 @@ def minimize(
     args: Any = (),
     method: str = "auto",
     *,
+    jac: Any = None,
+    hess: Callable[..., Any] | None = None,
+    hessp: Callable[..., Any] | None = None,
+    bounds: Any = None,
+    x_scale: Any = "auto",
     gtol: float | None = None,
-    max_iter: int = 500,
+    xtol: float | None = None,
+    ftol: float | None = None,
+    max_iter: int | None = None,
     max_nfev: int | None = None,
     radius: float | None = None,
     callback: Callback | None = None,
@@ -72,43 +92,58 @@ def minimize(
 ) -> OptimizeResult:
     """Find a local minimiser of ``fun`` near ``x0``.
 
-    "newton" solves the trust-region subproblem exactly from the eigenvalues of the Hessian: it leaves
-    saddle points, and does not call a point with a negative eigenvalue converged. "newton-cg" needs only
-    products: where the gradient is within ``gtol`` it looks for negative curvature by a few Lanczos steps,
-    and goes on along it. Where decreases fall below rounding of ``fun``, steps are judged by the gradient.
+    The dense methods form the Hessian and its eigenvalues: they leave saddle points, and call no point with
+    a negative eigenvalue converged. The others need only products with it: where the gradient is within
+    ``gtol`` they look for negative curvature by a few Lanczos steps, and go on along it. Where decreases fall
+    below rounding of ``fun``, steps are judged by the gradient.
 
     Args:
         fun: Called as ``fun(x, *args)`` with x as ``x0`` was given; returns a tensor with a single element;
             twice differentiable.
         x0: Start: a tensor of any shape, float32 or float64; a tuple, list or dict of them; numbers or an
-            array, which ``fun`` sees as a tensor of float64. Not changed.
+            array, which ``fun`` sees as a tensor of float64. Not changed; projected into the bounds.
         args: Further arguments of ``fun``, a tuple; anything else is one argument.
-        method: "newton", "newton-cg", or "auto": "newton" up to 500 unknowns.
-        gtol: Stop when no entry of the gradient exceeds this; the square root of the precision of
-            ``x0`` when None (1.5e-8 in float64, 3.5e-4 in float32).
-        max_iter: Steps allowed, taken or rejected.
+        method: "newton" or "trust-exact", within a radius, by eigenvalues; "cubic", with a cubic term in
+            place of the radius; "newton-cg", Steihaug's CG; "trust-krylov", Lanczos steps on along the
+            boundary (GLTR); "auto": "newton" up to 100 unknowns, "newton-cg" beyond.
+        jac: ``jac(x, *args)``, the gradient as ``x0``; True where ``fun`` returns ``(value, gradient)``; None
+            for torch's.
+        hess: ``hess(x, *args)``, the Hessian, shape (n, n), in the flat order of x; None for torch's.
+        hessp: ``hessp(x, v, *args)``, its product with v, both as ``x0``; for the methods by products.
+        bounds: Pairs for each entry; (lower, upper), each a number or as ``x0``; ``scipy.optimize.Bounds``.
+            Variables at a bound are exactly there (``result.active_mask``).
+        x_scale: "auto", units from the diagonal of the Hessian, for dense methods; "none": steps are short
+            in the Euclidean norm of x; or the unit of each variable, as ``x0`` or one number.
+        gtol: No entry of the gradient may exceed this; the square root of the precision of ``x0`` when
+            None (1.5e-8 in float64, 3.5e-4 in float32). Needed, and enough with one of the next two:
+        xtol: Newton's step changes no variable by more than this, relative; 1e-8 in float64 when None.
+        ftol: Newton's step promises less than this, relative to the value; the precision of ``x0`` when None.
+        max_iter: Steps allowed, taken or rejected; ``5000 + 10 n`` when None.
         max_nfev: Evaluations allowed; None for any number.
-        radius: First trust radius; ``max(1, norm(x0))`` when None.
-        callback: Called with the present ``OptimizeResult`` after each accepted step; stops by
-            returning True or raising StopIteration.
+        radius: First trust radius, in scaled units; ``max(1, norm(x0))`` when None.
+        callback: Called with the present ``OptimizeResult`` after each accepted step; stops by returning
+            True or raising StopIteration.
         has_aux: ``fun`` returns ``(value, aux)``; the aux of the solution is ``result.aux``.
         progress: Show a progress bar.
         unsupported: Arguments of other minimisers; an error.
 
     Returns:
-        An ``OptimizeResult``; ``success`` says whether ``status`` is "converged".
+        An ``OptimizeResult``; ``success`` says whether ``status`` is "converged", or "noise_floor" at a point
+        of positive curvature that Newton's step would not change in its sixth digit. "flat": a minimum to
+        rounding, along some direction of which there is no curvature.
 
     Raises:
         TypeError: ``x0`` holds no floating-point numbers; ``fun`` returns no tensor; an argument is unknown.
         RuntimeError: under ``torch.inference_mode``.
         ValueError: an option is out of range; ``fun(x0)`` is not one finite number or does not depend on x.
 
-    Cost: "newton": a step takes one evaluation; one that is taken also a gradient and a Hessian (``n``
-    products and about ``9 n^3`` operations), a rejected one nothing more. "newton-cg": a step takes up to
-    ``n`` products, and one that is taken a gradient; a rejected one is shortened, an evaluation each, before
-    another radius costs products. At its end about 60 more.
+    Cost: dense: a step takes one evaluation; one that is taken also a gradient and a Hessian (``n`` products
+    and about ``9 n^3`` operations), a rejected one nothing more. By products: a step takes up to ``n``,
+    and one that is taken a gradient; a rejected one is shortened, an evaluation each, before another radius
+    costs products. At its end about 60 more.
 
-    Reference: Conn, Gould and Toint (2000), Trust-region methods; Steihaug (1983).
+    Reference: Conn, Gould and Toint (2000), Trust-region methods; Cartis, Gould and Toint (2011), Adaptive
+    cubic regularisation methods; Steihaug (1983); Gould, Lucidi, Roma and Toint (1999).
 
     Example:
         >>> rosenbrock = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
@@ -117,116 +152,105 @@ def minimize(
         ('converged', tensor([1., 1.], dtype=torch.float64))
     """
     refuse_arguments(minimize, unsupported, INSTEAD)
-    variables = Variables(x0)
     check_call("minimize", callback)
-    options = {"method": method, "max_iter": max_iter, "gtol": gtol, "radius": radius, "max_nfev": max_nfev}
+    _check(
+        dict(
+            method=method,
+            gtol=gtol,
+            xtol=xtol,
+            ftol=ftol,
+            radius=radius,
+            max_iter=max_iter,
+            max_nfev=max_nfev,
+        )
+    )
+    variables = Variables(x0)
+    box = Box.of(bounds, variables)
+    start = variables.start if box is None else box.project(variables.start)
+    evaluation = Evaluation(fun, variables, args, has_aux or jac is True)
+    evaluation.derivatives = _derivatives(jac, hess, hessp, evaluation)
+    problem = FunctionProblem(evaluation, start, box)
+    if method == "auto":
+        method = "newton" if len(start) <= DIRECT_LIMIT else "newton-cg"
+    eps = torch.finfo(start.dtype).eps
+    tolerances = Tolerances(
+        gtol=math.sqrt(eps) if gtol is None else gtol,
+        xtol=XTOL * math.sqrt(eps / torch.finfo(torch.float64).eps) if xtol is None else xtol,
+        ftol=eps if ftol is None else ftol,
+    )
+    scale = scale_of(x_scale, "auto", variables)
+    face = _face(method, problem, tolerances, _report(variables, method, has_aux), scale)
+    run = Run(face, Limits(max_iter or 5000 + 10 * len(start), max_nfev), callback, progress)
+    return run.to_the_end(1.0 if method == "cubic" and radius is None else radius)
+
+
+def _check(options: dict[str, Any]) -> None:
     check_choice(options, "method", METHODS)
-    check_count(options, "max_iter", *(["max_nfev"] if max_nfev is not None else []))
-    check_optional(options, "gtol", "radius")
-    start = variables.start
-    direct = method == "newton" or (method == "auto" and len(start) <= DIRECT_LIMIT)
-    tolerance = math.sqrt(torch.finfo(start.dtype).eps) if gtol is None else gtol
-    problem = FunctionProblem(Evaluation(fun, variables, args, has_aux), start)
-    face = _Newton(problem, variables, direct, tolerance)
-    run = Run(face, Limits(max_iter, max_nfev), callback, progress)
-    return run.to_the_end(max(1.0, float(start.norm())) if radius is None else radius)
+    check_count(options, *(name for name in ("max_iter", "max_nfev") if options[name] is not None))
+    check_optional(options, "gtol", "xtol", "ftol", "radius")
 
 
-class _Newton:
-    """Newton's method in a trust region, for the loop over steps."""
+def _face(
+    method: str, problem: FunctionProblem, tolerances: Tolerances, report: Report, scale: str | Tensor | None
+) -> Newton:
+    if method == "cubic":
+        return Dense(problem, control.cubic, tolerances, report, CUBIC, scale)
+    if method in DENSE:
+        return Dense(problem, control.trust_radius, tolerances, report, BALL, scale)
+    solver = on_boundary if method == "trust-krylov" else in_radius
+    fixed = None if isinstance(scale, str) else scale
+    return Products(problem, control.trust_radius, tolerances, report, solver, fixed)
 
-    def __init__(self, problem: FunctionProblem, variables: Variables, direct: bool, gtol: float) -> None:
-        self.problem, self._variables, self._direct, self._gtol = problem, variables, direct, gtol
-        self._eps = torch.finfo(problem.point.x.dtype).eps
-        self.rule: Rule = trust_radius
-        self._stalled = 0
-        self._least = problem.point.value
 
-    def look(self) -> None:
-        """At the present point. The space is made when it is needed, and stays until there is another."""
-        self.model = self.problem.model()
-        self._space: Subspace | None = None
+def _derivatives(jac: Any, hess: Any, hessp: Any, evaluation: Evaluation) -> Derivatives:
+    """Those of flat vectors, from those of the user."""
+    variables, args = evaluation.variables, evaluation.args
+    for name, given in (("jac", jac), ("hess", hess), ("hessp", hessp)):
+        if given is not None and not callable(given) and not (name == "jac" and given is True):
+            raise TypeError(
+                f"{name} must be a function of x, or None, got {given!r}; derivatives come from torch."
+            )
 
-    def measure(self) -> float:
-        """Largest entry of the gradient."""
-        g = self.model.gradient
-        return float(g.abs().max()) if g.numel() else 0.0
+    def gradient(x: Tensor) -> Tensor:
+        return variables.pack(jac(variables.unpack(x), *args), "jac(x)")
 
-    def verdict(self) -> str:
-        """What the present point is, as far as is known or found; empty where steps go on from it."""
-        largest = self.measure()
-        if not math.isfinite(largest):
-            return "non_finite"
-        if self._space is not None or largest > self._gtol:
-            return "noise_floor" if self._stalled >= MAX_STALLED else ""
-        return "converged" if not self.model.gradient.numel() else self._second_order()
+    def hessian(x: Tensor) -> Tensor:
+        matrix = torch.as_tensor(hess(variables.unpack(x), *args)).to(x)
+        if matrix.shape != (len(x), len(x)):
+            raise ValueError(f"hess(x) must have shape {(len(x), len(x))}, got {tuple(matrix.shape)}.")
+        return matrix
 
-    def space(self) -> Subspace | None:
-        """All of it, or what CG grows; None where the Hessian is not finite."""
-        self._space = self._space or self._whole_space()
-        return self._space
+    def product(x: Tensor, v: Tensor) -> Tensor:
+        return variables.pack(hessp(variables.unpack(x), variables.unpack(v), *args), "hessp(x, v)")
 
-    def options(self) -> Options:
-        """Smaller radii where the model is wrong."""
-        return Options()
+    return Derivatives(
+        gradient if callable(jac) else jac,
+        None if hess is None else hessian,
+        None if hessp is None else product,
+    )
 
-    def refused(self, outcome: Outcome) -> str:
-        """Why no step is left; empty where a smaller radius is."""
-        if outcome.status in ("noise_floor", "non_finite"):
-            return outcome.status
-        is_small = outcome.size <= self._eps * max(1.0, float(self.problem.point.x.norm()))
-        return "radius" if is_small else ""
 
-    def taken(self, outcome: Outcome) -> str:
-        """Count steps that only the gradient calls a decrease."""
-        value = self.problem.point.value
-        self._stalled = 0 if value < self._least else self._stalled + 1
-        self._least = min(self._least, value)
-        return ""
-
-    def result(self, status: str, run: Run) -> OptimizeResult:
-        """The present point as a result."""
-        problem = self.problem
-        point, counts = problem.point, problem.counts()
+def _report(variables: Variables, method: str, is_returned: bool) -> Report:
+    def report(face: Newton, status: str, run: Run) -> OptimizeResult:
+        problem = face.problem
+        point, counts, box = problem.point, problem.counts(), problem.box
+        is_certified = status in ("noise_floor", "radius") and face.is_certified()
+        more = {} if box is None else {"active_mask": variables.unpack(box.active(point.x))}
+        if is_returned:
+            more["aux"] = point.aux
         return OptimizeResult(
-            x=self._variables.restore(point.x),
+            x=variables.restore(point.x),
             fun=point.value,
-            jac=self._variables.restore(problem.gradient_at(point)),
+            jac=variables.restore(problem.gradient_at(point)),
             status=status,
-            success=status == "converged",
-            message=MESSAGES[status],
+            success=status == "converged" or is_certified,
+            message=(CERTIFIED if is_certified else MESSAGES[status]).format(
+                method=method, seen=SEEN[method in DENSE]
+            ),
             nit=run.nit,
             **counts._asdict(),
             history=tuple(run.history),
-            **({} if point.aux is None else {"aux": point.aux}),
+            **more,
         )
 
-    def _second_order(self) -> str:
-        """Where the gradient is small: a minimum, or a way down."""
-        if self._direct:
-            self._space = formed = self._formed()
-            if formed is None:
-                return "non_finite"
-            return "" if has_negative(formed.values, self._eps) else "converged"
-        ends = Ends(self.model)
-        self.problem.nhev += ends.products
-        if not len(ends.values):
-            return "non_finite"
-        if not has_negative(ends.values, self._eps):
-            return "converged"
-        self._space = Line(self.model, ends.lowest, float(ends.values[0]))
-        return ""
-
-    def _whole_space(self) -> Subspace | None:
-        if self._direct:
-            return self._formed()
-        g = self.model.gradient
-        # Superlinear convergence (Nocedal and Wright, section 7.1).
-        rtol = min(0.5, math.sqrt(float(g.norm())))
-        return Truncated(self.model, in_radius(rtol, 10 * g.numel()), damps=False)
-
-    def _formed(self) -> Formed | None:
-        """None where the Hessian is not finite."""
-        self.problem.nhev += 1
-        space = Formed(self.model, BALL)
-        return space if space.size else None
+    return report

@@ -10,14 +10,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optim.functions.bounds import Box
 from optim.functions.frame import Frame
 from optim.functions.variables import Variables
 from optim.methods import control
 from optim.methods.problem import QuadraticModel, Trial, norm
-from secondorder import Hessian
+from secondorder import FunctionOperator, Hessian, LinearOperator, MatrixOperator
 
 # Of x as the user gave it, and further arguments.
 Function = Callable[..., Any]
+
+
+# A refused step may be rounding of the value, where decrease and prediction are below this part of it.
+DOUBT = 1e-6
+# Columns of a Hessian up to which one batched pass is faster than a pass for each.
+SMALL = 128
+
+
+class Derivatives(NamedTuple):
+    """Derivatives of the user's own, of flat vectors; None for torch's.
+
+    Attributes:
+        jac: x -> gradient, shape (n,); True where the function returns it beside its value.
+        hess: x -> Hessian, shape (n, n).
+        hessp: x, v -> its product with v.
+    """
+
+    jac: Any = None
+    hess: Callable[[Tensor], Tensor] | None = None
+    hessp: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether torch is asked for none."""
+        return self.jac is not None and (self.hess is not None or self.hessp is not None)
 
 
 class Evaluation:
@@ -30,20 +56,25 @@ class Evaluation:
         has_aux: Whether ``fun`` returns a pair, of which the second part is kept.
 
     Attributes:
+        args: As a tuple.
+        variables: As given.
+        derivatives: The user's own; none at first.
         count: Of the calls.
     """
+
+    derivatives = Derivatives()
 
     def __init__(self, fun: Function, variables: Variables, args: Any = (), has_aux: bool = False) -> None:
         if not callable(fun):
             raise TypeError(f"fun must be a function of x, got {type(fun).__name__}.")
-        self._fun, self._variables, self._has_aux = fun, variables, has_aux
-        self._args = args if isinstance(args, tuple) else (args,)
+        self._fun, self.variables, self._has_aux = fun, variables, has_aux
+        self.args = args if isinstance(args, tuple) else (args,)
         self.count = 0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Any]:
         """The value in the graph of ``x``, and what came with it."""
         self.count += 1
-        value, aux = self._fun(self._variables.unpack(x), *self._args), None
+        value, aux = self._fun(self.variables.unpack(x), *self.args), None
         if self._has_aux:
             if not (isinstance(value, tuple) and len(value) == 2):
                 raise TypeError(f"fun must return (value, aux) with has_aux, got {type(value).__name__}.")
@@ -71,13 +102,33 @@ class Point:
             raise ValueError(f"fun must return a single element, got shape {tuple(loss.shape)}.")
         if loss.is_complex():
             raise TypeError(f"fun must return a real number, got {loss.dtype}.")
-        self._variable, self._loss = variable, loss
+        self._variable, self._loss, self._given = variable, loss, fun.derivatives
         self.x, self.value, self.has_graph = variable.detach(), float(loss.detach()), loss.requires_grad
+        if fun.derivatives.jac is True:
+            self.gradient = fun.variables.pack(self.aux, "the gradient that fun returns")
+
+    @functools.cached_property
+    def gradient(self) -> Tensor:
+        """Of the value, flat, shape (n,)."""
+        if callable(self._given.jac):
+            return self._given.jac(self.x)
+        return self.hessian.gradient
 
     @functools.cached_property
     def hessian(self) -> Hessian:
         """With the gradient, in the kept graph."""
-        return Hessian(self._loss, [self._variable])
+        is_small = len(self.x) <= SMALL
+        return Hessian(self._loss, [self._variable], batched=True if is_small else None)
+
+    @functools.cached_property
+    def curvature(self) -> LinearOperator:
+        """The Hessian: the user's own where there is one."""
+        if self._given.hess is not None:
+            return MatrixOperator(self._given.hess(self.x), is_symmetric=True)
+        if self._given.hessp is not None:
+            product = self._given.hessp
+            return FunctionOperator(lambda v: product(self.x, v), self.x)
+        return self.hessian
 
 
 class Counts(NamedTuple):
@@ -94,6 +145,7 @@ class FunctionProblem:
     Args:
         fun: Evaluates.
         x0: Where it begins, flat.
+        box: Bounds, of which ``x0`` keeps; None for none.
 
     Attributes:
         point: The present one.
@@ -105,14 +157,14 @@ class FunctionProblem:
         ValueError: value or gradient at ``x0`` are not finite, or do not depend on it.
     """
 
-    def __init__(self, fun: Evaluation, x0: Tensor) -> None:
-        self._fun, self._eps = fun, torch.finfo(x0.dtype).eps
+    def __init__(self, fun: Evaluation, x0: Tensor, box: Box | None = None) -> None:
+        self._fun, self.box, self._eps = fun, box, torch.finfo(x0.dtype).eps
         self._njev = self.nhev = 0
         self.frame = Frame()
         self.point = start = Point(fun, x0)
         if not math.isfinite(start.value):
             raise ValueError(f"fun(x0) must be finite, got {start.value}; choose another x0.")
-        if not start.has_graph:
+        if not start.has_graph and not fun.derivatives.is_complete:
             raise ValueError("fun(x0) must depend on x, got a value without a graph.")
         if not bool(self.gradient_at(start).isfinite().all()):
             raise ValueError(
@@ -127,12 +179,15 @@ class FunctionProblem:
         """From the graph of the present point."""
         point = self.point
         gradient = self.frame.gradient(self.gradient_at(point))
-        return QuadraticModel(point.value, gradient, self.frame.curvature(point.hessian), norm(gradient))
+        return QuadraticModel(point.value, gradient, self.frame.curvature(point.curvature), norm(gradient))
 
     def evaluate(self, step: Tensor) -> Trial:
         """After the step. No value where the function is constant: there is nothing to go on from."""
-        point = Point(self._fun, self.point.x + self.frame.displacement(step))
-        is_usable = point.has_graph and math.isfinite(point.value)
+        x = self.point.x + self.frame.displacement(step)
+        # Rounding may lead out of the bounds.
+        point = Point(self._fun, x if self.box is None else self.box.project(x))
+        has_slope = point.has_graph or self._fun.derivatives.is_complete
+        is_usable = has_slope and math.isfinite(point.value)
         return Trial(step, point.value if is_usable else math.nan, point=point)
 
     def decrease(self, trial: Trial) -> float:
@@ -142,6 +197,10 @@ class FunctionProblem:
     def noise(self, trial: Trial) -> float:
         """Rounding of the value."""
         return control.noise_of(self.point.value, self._eps)
+
+    def doubt(self) -> float:
+        """A function may sum terms that are larger than its value: nothing is known of them."""
+        return DOUBT * abs(self.point.value)
 
     def rounding(self) -> float:
         """Of what the function sums nothing is known."""
@@ -157,5 +216,11 @@ class FunctionProblem:
 
     def gradient_at(self, point: Point) -> Tensor:
         """Of the function, in the user's variables, shape (n,)."""
-        self._njev += "hessian" not in vars(point)
-        return point.hessian.gradient
+        self._njev += "gradient" not in vars(point)
+        return point.gradient
+
+    def hessian_at(self, point: Point) -> Tensor:
+        """The matrix, shape (n, n), symmetric."""
+        self.nhev += 1
+        H = point.curvature.dense()
+        return (H + H.T) / 2

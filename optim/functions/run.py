@@ -53,6 +53,9 @@ class Face(Protocol):
     def look(self) -> None:
         """At the present point, which is new: make its model."""
 
+    def first_size(self) -> float:
+        """Radius or damping of the first step, after the first look."""
+
     def verdict(self) -> str:
         """The status that the present point deserves; empty where steps go on from it."""
 
@@ -96,10 +99,11 @@ class Run:
         self.nit = 0
         self.history: list[Record] = []
 
-    def to_the_end(self, size: float) -> OptimizeResult:
-        """With radius or damping ``size`` first."""
+    def to_the_end(self, size: float | None = None) -> OptimizeResult:
+        """With radius or damping ``size`` first; the face's own where None."""
         face = self._face
         face.look()
+        size = face.first_size() if size is None else size
         self._record(0.0, math.nan)
         least = UNBOUNDED * max(1.0, abs(face.model.value))
         bar = tqdm(total=self._limits.max_iter, unit="step", leave=False, disable=not self._progress)

@@ -31,6 +31,9 @@ EXTEND = 0.5
 # loss. Past convergence the decreases are smaller: they go with the square of the gradient's rounding.
 REACH = 1e4
 
+# Where a value is in doubt, gradients are believed that give the predicted decrease to this part of it.
+AGREES = 0.5
+
 # The range of any loss: what is too little for a function, its space knows.
 MIN_DAMPING, MAX_DAMPING = 1e-40, 1e40
 # It goes with the square of a curvature, over a gradient.
@@ -63,6 +66,12 @@ def is_noise(actual: float, predicted: float, noise: float) -> bool:
     terms of opposite sign.
     """
     return 0 < predicted <= noise and abs(actual) <= CANCELLATION * noise
+
+
+def is_doubtful(actual: float, predicted: float, doubt: float) -> bool:
+    """Whether value and model disagree, and both by no more than the value may be in doubt."""
+    disagree = predicted > 0 and not actual >= LOW * predicted
+    return disagree and predicted <= doubt and abs(actual) <= doubt
 
 
 def is_refused(actual: float, predicted: float) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from optim.methods.problem import QuadraticModel
 from optim.methods.subspace import Bound, Diagonal, Solution, least_damping
 from secondorder.solvers.direct import spectrum
@@ -54,6 +56,19 @@ class Formed:
             found.status,
             found.shift,
         )
+
+    @property
+    def is_definite(self) -> bool:
+        """Whether the lowest eigenvalue is positive beyond rounding."""
+        return float(self.values[0]) > self._spectrum.rounding
+
+    def newton(self) -> Solution:
+        """The stationary point of the model; along what has no curvature, beyond rounding, nothing."""
+        kept = self.values.abs() > self._spectrum.rounding
+        y = torch.where(kept, self._target / torch.where(kept, self.values, 1.0), 0.0)
+        linear = float(self._target @ y)
+        step = self._spectrum.vectors @ y.to(self._b)
+        return Solution(step, linear, linear, float(y.norm()), "converged", 0.0)
 
     def steepest(self) -> float:
         """Curvature along the gradient."""

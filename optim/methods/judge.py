@@ -45,15 +45,24 @@ def judge(problem: Problem, model: QuadraticModel, trial: Trial, predicted: floa
     """
     actual, noise = problem.decrease(trial), problem.noise(trial)
     rho, limit = control.reduction_ratio(actual, predicted), control.CANCELLATION * noise
+    is_seen = control.REACH * predicted > noise
     if not control.is_noise(actual, predicted, noise):
+        if control.is_doubtful(actual, predicted, problem.doubt()):
+            by_gradients = _by_gradients(problem, model, trial, predicted)
+            if abs(by_gradients - 1) <= control.AGREES:
+                return Judgement(by_gradients, True, is_seen)
         if not math.isfinite(actual) or not control.is_refused(actual, predicted):
             return Judgement(rho)
         if not control.is_unseen(actual, predicted, limit):
             # A refusal by a loss that is nothing but rounding is none to learn from.
             return Judgement(rho, abs(model.value) < control.SUNK * problem.rounding())
-    trapezoid = -0.5 * float((model.gradient + problem.gradient(trial)).dot(trial.step))
-    by_gradients = control.reduction_ratio(trapezoid, predicted)
+    by_gradients = _by_gradients(problem, model, trial, predicted)
     if by_gradients > control.ACCEPTANCE or predicted <= limit:
-        return Judgement(by_gradients, True, control.REACH * predicted > noise)
+        return Judgement(by_gradients, True, is_seen)
     # Both say that a large step gains nothing.
     return Judgement(rho)
+
+
+def _by_gradients(problem: Problem, model: QuadraticModel, trial: Trial, predicted: float) -> float:
+    trapezoid = -0.5 * float((model.gradient + problem.gradient(trial)).dot(trial.step))
+    return control.reduction_ratio(trapezoid, predicted)

@@ -119,6 +119,9 @@ class Problem(Protocol):
     def noise(self, trial: Trial) -> float:
         """Usual rounding of ``decrease``: a smaller one means nothing."""
 
+    def doubt(self) -> float:
+        """What rounding of the value might be at most: below it a small decrease is checked by gradients."""
+
     def rounding(self) -> float:
         """Of the terms that a value sums, or is a small difference of; asked for where a trial is refused."""
 

@@ -64,6 +64,8 @@ class Residual:
 
     Attributes:
         size: Singular values; 0 where ``A`` is not finite.
+        rank: Those beyond rounding; all of them where they are not known. Where ``size`` is not 0.
+        projected: Length of what the columns of ``A`` can take from the target: zero at a stationary point.
         products: Backward passes that made ``A``, or its Gram matrix.
         seconds: In these, and the decomposition.
     """
@@ -78,6 +80,8 @@ class Residual:
         before: Tensor | None = None,
     ) -> None:
         self._residuals, self._model = residuals, model
+        # The last size that was solved for.
+        self._last: tuple[float, Along] | None = None
         rows, start = residuals.rows, time.perf_counter()
         found = decomposed(rows, damping)
         self.products = rows.passes
@@ -86,6 +90,7 @@ class Residual:
         if found is None:
             return
         self._found, self._target = found, found.coordinates(residuals.target)
+        self.rank, self.projected = found.rank, found.projected(self._target)
         self._aside = Aside.of([v for v in (residuals.rest, before) if v is not None], residuals, found)
 
     def agrees(self) -> bool:
@@ -143,9 +148,13 @@ class Residual:
         return least_damping(lowest + self._residuals.shift, self.steepest() if lowest == 0 else 0.0)
 
     def _along(self, size: float) -> Along:
-        d = size + self._residuals.shift
-        weights = self._weights(1 / d, size / d)
-        return Along(d, weights, self._found.solved(self._target - weights @ self._aside.moved, d))
+        if self._last is None or self._last[0] != size:
+            d, target, weights = size + self._residuals.shift, self._target, self._target[:0]
+            if len(self._aside.vectors):
+                weights = self._weights(1 / d, size / d)
+                target = target - weights @ self._aside.moved
+            self._last = size, Along(d, weights, self._found.solved(target, d))
+        return self._last[1]
 
     def _weights(self, rest: float, before: float) -> Tensor:
         """Of what is beside combinations of rows."""
@@ -153,12 +162,15 @@ class Residual:
         return self._target.new_tensor((both + [before])[: len(self._aside.vectors)])
 
     def _length(self, at: Along) -> float:
-        square = at.a @ self._found.times(at.a) + 2 * (at.weights @ self._aside.moved @ at.a)
-        return math.sqrt(max(float(square + at.weights @ self._aside.products @ at.weights), 0.0))
+        square = at.a @ self._found.times(at.a)
+        if len(at.weights):
+            square = square + at.weights @ (2 * self._aside.moved @ at.a + self._aside.products @ at.weights)
+        return math.sqrt(max(float(square), 0.0))
 
     def _moved(self, at: Along) -> Tensor:
         """``A step`` in coordinates."""
-        return self._found.times(at.a) + at.weights @ self._aside.moved
+        moved = self._found.times(at.a)
+        return moved + at.weights @ self._aside.moved if len(at.weights) else moved
 
     def _step(self, at: Along) -> Tensor:
         step = self._found.pulled(at.a)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optim.methods.problem import QuadraticModel
 from optim.methods.subspace import Solution
-from secondorder import LinearOperator, SolveResult, cg, steihaug
+from secondorder import LinearOperator, SolveResult, cg, gltr, steihaug
 from secondorder.solvers import NystromPreconditioner, RelativeProgress, nystrom
 from secondorder.vectors.flat import is_finite
 
@@ -132,6 +132,15 @@ def in_radius(rtol: float, max_iter: int) -> Solver:
 
     def solve(B: LinearOperator, b: Tensor, radius: float) -> tuple[SolveResult, tuple[Tensor, ...]]:
         return steihaug(B, b, radius, rtol=rtol, max_iter=max_iter), ()
+
+    return solve
+
+
+def on_boundary(rtol: float, max_iter: int) -> Solver:
+    """Lanczos steps, on along the boundary."""
+
+    def solve(B: LinearOperator, b: Tensor, radius: float) -> tuple[SolveResult, tuple[Tensor, ...]]:
+        return gltr(B, b, radius, rtol=rtol, max_iter=max_iter), ()
 
     return solve
 

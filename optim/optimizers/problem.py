@@ -91,6 +91,10 @@ class ClosureProblem:
         """Rounding of the loss."""
         return control.noise_of(self._model.value, self._eps)
 
+    def doubt(self) -> float:
+        """Nothing: the closure's terms are known."""
+        return 0.0
+
     def rounding(self) -> float:
         """Of the terms that the loss sums, or is a small difference of."""
         if self._rounding is None:

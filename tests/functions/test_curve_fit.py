@@ -266,8 +266,12 @@ NAN = torch.where(X[2] == X, math.nan, Y)
             r"ydata, \(40,\), got \(40, 1\)",
             lambda: optim.curve_fit(lambda x, a: a * x[:, None], X, Y),
         ),
-        (ValueError, "bounds must be a pair", lambda: optim.curve_fit(decay, X, Y, bounds=3)),
-        (ValueError, "one number or 3", lambda: optim.curve_fit(decay, X, Y, bounds=([0, 0], 1))),
+        (ValueError, "bounds must be", lambda: optim.curve_fit(decay, X, Y, bounds=3)),
+        (
+            ValueError,
+            r"shape of p0, \(3,\), got \(2,\)",
+            lambda: optim.curve_fit(decay, X, Y, bounds=([0, 0], 1)),
+        ),
         (ValueError, "lower <= upper", lambda: optim.curve_fit(decay, X, Y, bounds=(1, 0))),
         (
             ValueError,

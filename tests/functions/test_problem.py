@@ -2,18 +2,13 @@
 
 import torch
 import zoo
+from function_problems import function_problem
 
-from optim.functions.problem import Evaluation, FunctionProblem
 from optim.functions.saddle import Ends, Line
-from optim.functions.variables import Variables
-
-
-def problem_of(fun, x0):
-    return FunctionProblem(Evaluation(fun, Variables(x0)), x0)
 
 
 def test_an_accepted_trial_is_not_evaluated_again(problem):
-    f = problem_of(problem.func, problem.x0())
+    f = function_problem(problem.func, problem.x0())
     trial = f.evaluate(1e-3 * torch.ones_like(problem.x0()))
     gradient = f.gradient(trial)
     f.move(trial)
@@ -29,7 +24,7 @@ def test_an_accepted_trial_is_not_evaluated_again(problem):
 
 
 def test_a_refused_trial_leaves_the_point(problem):
-    f = problem_of(problem.func, problem.x0())
+    f = function_problem(problem.func, problem.x0())
     before = f.model()
     trial = f.evaluate(torch.ones_like(problem.x0()))
     assert f.decrease(trial) == before.value - trial.value
@@ -39,7 +34,7 @@ def test_a_refused_trial_leaves_the_point(problem):
 
 def test_ends_of_a_spectrum_and_the_line_down():
     A = zoo.indefinite_matrix(30, 1)
-    f = problem_of(lambda x: 0.5 * x @ A @ x, torch.zeros(30, dtype=torch.float64))
+    f = function_problem(lambda x: 0.5 * x @ A @ x, torch.zeros(30, dtype=torch.float64))
     model = f.model()
     ends = Ends(model)
     values, vectors = torch.linalg.eigh(A)

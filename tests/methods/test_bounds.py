@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import zoo
+from function_problems import function_problem
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from optim.functions.problem import FunctionProblem
 from optim.methods.control import cubic as cubic_rule
 from optim.methods.control import cubic_weight, trust_radius
 from optim.methods.cubic import minimise_cubic
@@ -38,7 +38,7 @@ def space_of(request):
 
 def quadratic(A, b):
     """At zero the gradient is ``-b``."""
-    return FunctionProblem(lambda x: 0.5 * x @ A @ x - b @ x, torch.zeros_like(b)).model()
+    return function_problem(lambda x: 0.5 * x @ A @ x - b @ x, torch.zeros_like(b)).model()
 
 
 def random_system(n, seed, kind):
@@ -160,7 +160,7 @@ def test_the_weight_follows_the_ratio():
 
 
 def test_cubic_steps_reach_a_minimum_of_every_problem(problem, space_of):
-    f = FunctionProblem(problem.func, problem.x0())
+    f = function_problem(problem.func, problem.x0())
     weight = 1.0
     for _ in range(200):
         model = f.model()
@@ -205,7 +205,7 @@ def test_saddle_free_leaves_a_saddle():
     def fun(x):
         return 0.5 * x[0] ** 2 - 0.5 * x[1] ** 2 + 0.25 * x[1] ** 4
 
-    f, radius = FunctionProblem(fun, torch.tensor([1.0, 1e-3], dtype=DOUBLE)), 1.0
+    f, radius = function_problem(fun, torch.tensor([1.0, 1e-3], dtype=DOUBLE)), 1.0
     for _ in range(30):
         model = f.model()
         if float(model.gradient.norm()) < 1e-10:

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import zoo
+from function_problems import function_problem
 
-from optim.functions.problem import FunctionProblem
 from optim.methods.control import CANCELLATION, noise_of
 from optim.methods.judge import Judgement, judge
 
@@ -32,6 +32,9 @@ class Seen:
     def noise(self, trial):
         return self._noise
 
+    def doubt(self):
+        return 0.0
+
     def rounding(self):
         return self._rounding
 
@@ -43,7 +46,7 @@ class Seen:
 @pytest.fixture
 def tried():
     """A model and a trial: a step of one along a slope of minus one."""
-    problem = FunctionProblem(lambda x: x.square().sum() - x[0], torch.zeros(2, dtype=torch.float64))
+    problem = function_problem(lambda x: x.square().sum() - x[0], torch.zeros(2, dtype=torch.float64))
     return problem.model(), problem.evaluate(torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
@@ -51,7 +54,7 @@ def at(offset, distance):
     """A quadratic with an offset, at a distance from its minimum; the Newton step and what it promises."""
     A = zoo.spd_matrix(6, 10.0, 1)
     direction = torch.ones(6, dtype=torch.float64)
-    problem = FunctionProblem(lambda x: offset + 0.5 * x @ A @ x, distance * direction)
+    problem = function_problem(lambda x: offset + 0.5 * x @ A @ x, distance * direction)
     predicted = 0.5 * distance**2 * float(direction @ A @ direction)
     return problem, -distance * direction, predicted
 

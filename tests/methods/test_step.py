@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import zoo
+from function_problems import function_problem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optim.functions.problem import FunctionProblem
 from optim.methods.control import marquardt, trust_radius
 from optim.methods.formed import Formed
 from optim.methods.grown import Grown, Growth
@@ -37,12 +37,12 @@ def space_of(request):
 
 def quadratic(A, b):
     """At zero the gradient is ``-b``."""
-    return FunctionProblem(lambda x: 0.5 * x @ A @ x - b @ x, torch.zeros_like(b))
+    return function_problem(lambda x: 0.5 * x @ A @ x - b @ x, torch.zeros_like(b))
 
 
 def steps_of(fun, x0, space_of, count=6, radius=1.0):
     """The accepted steps within a radius, and the ratios."""
-    problem, steps, ratios = FunctionProblem(fun, x0), [], []
+    problem, steps, ratios = function_problem(fun, x0), [], []
     for _ in range(count):
         model = problem.model()
         outcome = Step(problem, model, space_of(model, WITHIN), trust_radius, Options()).take(radius)
@@ -66,7 +66,7 @@ def test_one_step_on_a_quadratic_is_exact(spd_system, space_of, bound, rule, siz
     assert outcome.trials == 1
     torch.testing.assert_close(outcome.trial.step, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-8)
     problem.move(outcome.trial)
-    assert problem.nfev == 2
+    assert problem.counts().nfev == 2
     assert float(problem.model().gradient.norm()) <= RTOL * float(b.norm())
 
 
@@ -150,14 +150,14 @@ def test_steps_turn_with_the_variables(problem, space_of):
 
 def test_a_refused_radius_costs_an_evaluation_and_no_more(space_of):
     """The Newton step leaves the domain of the logarithm."""
-    f = FunctionProblem(lambda x: (x - x.log()).sum(), torch.tensor([5.0, 7.0], dtype=torch.float64))
+    f = function_problem(lambda x: (x - x.log()).sum(), torch.tensor([5.0, 7.0], dtype=torch.float64))
     model = f.model()
     space = space_of(model, BALL)
     space.solve(100.0)
     products = space.products
     outcome = Step(f, model, space, trust_radius, Options()).take(100.0)
     assert outcome.trials > 1
-    assert (f.nfev, f.njev, space.products) == (1 + outcome.trials, 1, products)
+    assert (*f.counts()[:2], space.products) == (1 + outcome.trials, 1, products)
     assert outcome.trial.value < f.point.value
     assert float(outcome.trial.step.norm()) < 10
 
@@ -165,20 +165,20 @@ def test_a_refused_radius_costs_an_evaluation_and_no_more(space_of):
 def test_without_a_decrease_nothing_is_taken():
     """Uphill in value, downhill in the gradient that it claims."""
     x0 = torch.ones(2, dtype=torch.float64)
-    f = FunctionProblem(lambda x: 2 * x.square().sum().detach() - x.square().sum(), x0)
+    f = function_problem(lambda x: 2 * x.square().sum().detach() - x.square().sum(), x0)
     model = f.model()
     outcome = Step(f, model, Formed(model, BALL), trust_radius, Options(max_trials=3)).take(1.0)
-    assert (outcome.trial, outcome.trials, f.nfev) == (None, 3, 4)
+    assert (outcome.trial, outcome.trials, f.counts().nfev) == (None, 3, 4)
     assert outcome.size == pytest.approx(1 / 64)
     assert torch.equal(f.point.x, x0)
 
 
 def test_a_model_beyond_the_range_of_numbers_is_not_finite():
-    f = FunctionProblem(lambda x: 1e300 * x.square().sum(), torch.full((2,), 1e3, dtype=torch.float64))
+    f = function_problem(lambda x: 1e300 * x.square().sum(), torch.full((2,), 1e3, dtype=torch.float64))
     model = f.model()
     model = model._replace(gradient=model.gradient * math.inf)
     outcome = Step(f, model, Formed(model, BALL), trust_radius, Options()).take(1.0)
-    assert (outcome.status, outcome.trial, f.nfev) == ("non_finite", None, 1)
+    assert (outcome.status, outcome.trial, f.counts().nfev) == ("non_finite", None, 1)
 
 
 def test_a_product_that_is_not_finite_ends_the_space_and_is_said():
