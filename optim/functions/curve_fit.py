@@ -16,7 +16,7 @@ from torch import Tensor
 from optim.functions.bounds import Box
 from optim.functions.least_squares import LeastSquaresResult, inverse_normal, least_squares
 from optim.functions.run import Callback
-from optim.functions.variables import DTYPES
+from optim.functions.variables import DTYPES, Variables
 from optim.methods.options import check_choice, refuse_arguments
 
 # Of (xdata, *parameters): what ydata is compared with.

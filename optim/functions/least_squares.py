@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -203,7 +204,8 @@ def least_squares(
     problem = ResidualProblem(evaluation, start, robust, box, _root(weights), user_jacobian)
     single = torch.finfo(start.dtype).eps / torch.finfo(torch.float64).eps
     tolerances = Tolerances(
-        ftol=ftol or 0.0,
+        # A step that only the gradient tells from rounding may raise the value.
+        ftol=-math.inf if ftol is None else ftol,
         xtol=XTOL * single**0.5 if xtol is None else xtol,
         gtol=GTOL * single**0.7 if gtol is None else gtol,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim.functions.least_squares import least_squares
+from optim.functions.least_squares import LeastSquaresResult, least_squares
 from optim.functions.problem import Function
 from optim.functions.results import OptimizeResult
 from optim.functions.run import Callback
@@ -26,15 +25,13 @@ INSTEAD = {
 
 # Units of rounding that a residual may have at a root. Of what fun sums within, nothing is known.
 AT_ROOT = 100.0
-# The cosine between residuals and each column of the Jacobian where the sum of squares is stationary, in
-# square roots of the precision: a sum is known to the precision, the place of its minimum to its root.
-STATIONARY = 100.0
-LIMITS = ("max_iter", "max_nfev", "stopped")
+# Statuses of runs that ended before anything was found out about the point.
+UNFINISHED = ("max_iter", "max_nfev", "stopped", "non_finite", "unbounded")
 
 MESSAGES = {
     "converged": "fun is zero to rounding, or to atol",
-    "local_minimum": "a minimum of the sum of squares that is no root: the Jacobian is singular there; choose"
-    " another x0, or use least_squares if a least sum of squares is what you want",
+    "local_minimum": "a minimum of the sum of squares that is no root: the Jacobian is singular there, or as"
+    " good as; choose another x0, or use least_squares if a least sum of squares is what you want",
 }
 
 
@@ -52,7 +49,7 @@ def root(
     has_aux: bool = False,
     progress: bool = False,
     **unsupported: Any,
-) -> OptimizeResult:
+) -> LeastSquaresResult:
     """Find x with ``fun(x) = 0``, as many equations as unknowns.
 
     The steps are those of ``least_squares``: Newton's near a root, damped where that does not lower the sum
@@ -149,14 +146,15 @@ def _square(fun: Function, unknowns: int, has_aux: bool) -> Function:
     return equations
 
 
-def _status(result: OptimizeResult, x: Tensor) -> str:
+def _status(result: LeastSquaresResult, x: Tensor) -> str:
     """Of the point where the steps ended, flat, by what can be said of it."""
-    r, J = result.fun.detach().flatten(), result.jac
-    eps = torch.finfo(r.dtype).eps
-    noise = eps * (J.abs() @ x.abs() + r.abs())
+    r, J = result.fun.detach(), result.jac
+    noise = torch.finfo(r.dtype).eps * (J.abs() @ x.abs() + r.abs())
     if bool((r.abs() <= AT_ROOT * noise).all()):
         return "converged"
-    lengths = J.norm(dim=0) * r.norm()
-    is_stationary = bool(((J.T @ r).abs() <= STATIONARY * math.sqrt(eps) * lengths).all())
-    # Limits came first elsewhere, however small the gradient may be.
-    return "local_minimum" if is_stationary and result.status not in LIMITS else result.status
+    if result.success or result.status in UNFINISHED:
+        return result.status
+    # Nothing lowers the sum of squares. Near a root that rounding hides Newton's step would be short.
+    units = J.norm(dim=0)
+    is_far = result.rank < len(x) or (units * torch.linalg.solve(J, r)).norm() > (units * x).norm()
+    return "local_minimum" if is_far else result.status

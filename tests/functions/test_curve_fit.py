@@ -9,11 +9,13 @@ import pytest
 import scipy.optimize
 import torch
 import zoo
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optim
 
+# Two fits of the same data stop this near to each other (xtol of least_squares).
+XTOL = 1e-8
 # SciPy's results with all tolerances at 1e-15 differ from the minimum by this at most on these sets.
 PEER = 1e-6
 TIGHT = {"ftol": 1e-15, "xtol": 1e-15, "gtol": 1e-15}
@@ -71,6 +73,7 @@ def test_nist_as_certified(name):
     torch.testing.assert_close(pcov.diagonal().sqrt(), deviations, rtol=1e-4, atol=0)
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.sampled_from(["none", "scalar", "vector", "matrix"]), st.booleans())
 def test_random_fits_as_scipy(seed, kind, absolute):
     x, y = noisy(seed)
@@ -84,6 +87,7 @@ def test_random_fits_as_scipy(seed, kind, absolute):
     assert_same(optim.curve_fit(decay, x, y, sigma=given_sigma, **options), reference)
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 10**6))
 def test_active_bounds_as_scipy(seed):
     x, y = noisy(seed)
@@ -192,7 +196,7 @@ def test_own_derivatives_are_used():
     sigma = 0.1 + 0.1 * x
     for s in (sigma, torch.diag(sigma.square())):
         ours = optim.curve_fit(decay, x, y, sigma=s, jac=jac)
-        assert_same(ours, optim.curve_fit(decay, x, y, sigma=s), rtol=1e-8)
+        assert_same(ours, optim.curve_fit(decay, x, y, sigma=s), rtol=10 * XTOL)
     assert calls
 
 

@@ -117,7 +117,7 @@ def test_float32_nests_arguments_and_aux():
     result = optim.root(fun, x0, (2.0, 3.0), has_aux=True)
     assert result.success
     assert {name: float(value) for name, value in result.x.items()} == pytest.approx({"a": 1.5, "b": 2.0})
-    assert float(result.aux) == pytest.approx(2.5)
+    assert float(result.aux.detach()) == pytest.approx(2.5)
     assert result.x["a"].dtype == torch.float32
 
 
