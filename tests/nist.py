@@ -1,176 +1,222 @@
-"""The 27 sets of NIST's Statistical Reference Datasets for nonlinear regression, with certified values.
+"""The 27 sets of nonlinear regression of NIST's Statistical Reference Datasets, with their certified values.
 
-Reference: https://www.itl.nist.gov/div898/strd/nls/nls_main.shtml; the files are as published.
-
+The models are written as in the header of each file, of which the parameters ``b1, b2, ...`` are arguments.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, pi
 
 FOLDER = Path(__file__).parent / "data" / "nist"
-NUMBER = r"([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)"
+NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
+# b1 = start 1, start 2, certified value, certified standard deviation.
+PARAMETER = re.compile(rf"^ *b\d+ *= +({NUMBER}) +({NUMBER}) +({NUMBER}) +({NUMBER}) *$", re.MULTILINE)
+SUM_OF_SQUARES = re.compile(rf"^ *Residual Sum of Squares: *({NUMBER}) *$", re.MULTILINE)
+LEVEL = re.compile(r"(Lower|Average|Higher) Level of Difficulty")
 
 
-class Regression(NamedTuple):
-    """A set of data, a model and its certified least-squares fit.
+def _misra1a(x, b1, b2):
+    return b1 * (1 - torch.exp(-b2 * x))
 
-    Attributes:
-        x: Predictors, shape (m,), or (2, m) of Nelson's.
-        y: Responses, shape (m,).
-        starts: Both, the far one first, each of shape (n,).
-        parameters: Certified, shape (n,).
-        deviations: Their certified standard deviations, shape (n,).
-        squares: Certified residual sum of squares.
+
+def _misra1b(x, b1, b2):
+    return b1 * (1 - (1 + b2 * x / 2) ** -2)
+
+
+def _misra1c(x, b1, b2):
+    return b1 * (1 - (1 + 2 * b2 * x) ** -0.5)
+
+
+def _misra1d(x, b1, b2):
+    return b1 * b2 * x / (1 + b2 * x)
+
+
+def _chwirut(x, b1, b2, b3):
+    return torch.exp(-b1 * x) / (b2 + b3 * x)
+
+
+def _lanczos(x, b1, b2, b3, b4, b5, b6):
+    return b1 * torch.exp(-b2 * x) + b3 * torch.exp(-b4 * x) + b5 * torch.exp(-b6 * x)
+
+
+def _gauss(x, b1, b2, b3, b4, b5, b6, b7, b8):
+    first, second = (x - b4) ** 2 / b5**2, (x - b7) ** 2 / b8**2
+    return b1 * torch.exp(-b2 * x) + b3 * torch.exp(-first) + b6 * torch.exp(-second)
+
+
+def _danwood(x, b1, b2):
+    return b1 * x**b2
+
+
+def _quadratic_by_quadratic(x, b1, b2, b3, b4, b5):
+    return (b1 + b2 * x + b3 * x**2) / (1 + b4 * x + b5 * x**2)
+
+
+def _cubic_by_cubic(x, b1, b2, b3, b4, b5, b6, b7):
+    return (b1 + b2 * x + b3 * x**2 + b4 * x**3) / (1 + b5 * x + b6 * x**2 + b7 * x**3)
+
+
+def _nelson(x, b1, b2, b3):
+    """Of the logarithm of y."""
+    return b1 - b2 * x[0] * torch.exp(-b3 * x[1])
+
+
+def _mgh17(x, b1, b2, b3, b4, b5):
+    return b1 + b2 * torch.exp(-x * b4) + b3 * torch.exp(-x * b5)
+
+
+def _mgh09(x, b1, b2, b3, b4):
+    return b1 * (x**2 + x * b2) / (x**2 + x * b3 + b4)
+
+
+def _mgh10(x, b1, b2, b3):
+    return b1 * torch.exp(b2 / (x + b3))
+
+
+def _roszman1(x, b1, b2, b3, b4):
+    return b1 - b2 * x - torch.atan(b3 / (x - b4)) / pi
+
+
+def _enso(x, b1, b2, b3, b4, b5, b6, b7, b8, b9):
+    year, first, second = 2 * pi * x / 12, 2 * pi * x / b4, 2 * pi * x / b7
+    annual = b2 * torch.cos(year) + b3 * torch.sin(year)
+    longer = b5 * torch.cos(first) + b6 * torch.sin(first) + b8 * torch.cos(second) + b9 * torch.sin(second)
+    return b1 + annual + longer
+
+
+def _rat42(x, b1, b2, b3):
+    return b1 / (1 + torch.exp(b2 - b3 * x))
+
+
+def _rat43(x, b1, b2, b3, b4):
+    return b1 / (1 + torch.exp(b2 - b3 * x)) ** (1 / b4)
+
+
+def _eckerle4(x, b1, b2, b3):
+    return b1 / b2 * torch.exp(-0.5 * ((x - b3) / b2) ** 2)
+
+
+def _bennett5(x, b1, b2, b3):
+    return b1 * (b2 + x) ** (-1 / b3)
+
+
+MODELS: dict[str, Callable[..., Tensor]] = {
+    "Misra1a": _misra1a,
+    "Misra1b": _misra1b,
+    "Misra1c": _misra1c,
+    "Misra1d": _misra1d,
+    "Chwirut1": _chwirut,
+    "Chwirut2": _chwirut,
+    "Lanczos1": _lanczos,
+    "Lanczos2": _lanczos,
+    "Lanczos3": _lanczos,
+    "Gauss1": _gauss,
+    "Gauss2": _gauss,
+    "Gauss3": _gauss,
+    "DanWood": _danwood,
+    "Kirby2": _quadratic_by_quadratic,
+    "Hahn1": _cubic_by_cubic,
+    "Thurber": _cubic_by_cubic,
+    "Nelson": _nelson,
+    "MGH17": _mgh17,
+    "MGH09": _mgh09,
+    "MGH10": _mgh10,
+    "Roszman1": _roszman1,
+    "ENSO": _enso,
+    "Rat42": _rat42,
+    "Rat43": _rat43,
+    "Eckerle4": _eckerle4,
+    "BoxBOD": _misra1a,
+    "Bennett5": _bennett5,
+}
+
+# Other orders of the same terms: the sum of squares is the same, and NIST certifies one of them.
+_LANCZOS = [tuple(2 * k + j for k in terms for j in (0, 1)) for terms in itertools.permutations(range(3))]
+_GAUSS = [(0, 1, 5, 6, 7, 2, 3, 4)]
+ORDERS = {
+    "Lanczos1": _LANCZOS,
+    "Lanczos2": _LANCZOS,
+    "Lanczos3": _LANCZOS,
+    "Gauss1": _GAUSS,
+    "Gauss2": _GAUSS,
+    "Gauss3": _GAUSS,
+    "MGH17": [(0, 2, 1, 4, 3)],
+    "ENSO": [(0, 1, 2, 6, 7, 8, 3, 4, 5)],
+}
+# Parameters whose signs change together without a change of the model.
+SIGNS = {
+    "Gauss1": [(4,), (7,)],
+    "Gauss2": [(4,), (7,)],
+    "Gauss3": [(4,), (7,)],
+    "Eckerle4": [(0, 1)],
+    "ENSO": [(3, 5), (6, 8)],
+}
+
+
+class Dataset(NamedTuple):
+    """A set with its model, in float64.
+
+    ``x``: shape (m,), or (2, m) where there are two predictors; ``y``: what the model gives at them, (m,).
     """
 
     name: str
+    level: str
+    model: Callable[..., Tensor]
     x: Tensor
     y: Tensor
     starts: tuple[Tensor, Tensor]
-    parameters: Tensor
+    certified: Tensor
     deviations: Tensor
-    squares: float
-
-    def model(self, b: Tensor) -> Tensor:
-        """The responses that parameters predict."""
-        return MODELS[self.name](b, self.x)
+    sum_of_squares: float
 
     def residual(self, b: Tensor) -> Tensor:
-        """Model minus data."""
-        return self.model(b) - self.y
+        """Model minus data, shape (m,)."""
+        return self.model(self.x, *b) - self.y
+
+    def same_fit(self, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The certified parameters and deviations in the order and with the signs that ``b`` has."""
+        n = len(self.certified)
+        candidates = []
+        for order in [tuple(range(n)), *ORDERS.get(self.name, [])]:
+            values, deviations = self.certified[list(order)], self.deviations[list(order)]
+            for group in SIGNS.get(self.name, []):
+                flipped = values.clone()
+                flipped[list(group)] *= -1
+                nearer = (flipped - b)[list(group)].norm() < (values - b)[list(group)].norm()
+                values = flipped if nearer else values
+            candidates.append((values, deviations))
+        return min(candidates, key=lambda pair: float(((pair[0] - b) / pair[0]).abs().max()))
 
 
-def _exponentials(b: Tensor, x: Tensor) -> Tensor:
-    return b[0] * (-b[1] * x).exp() + b[2] * (-b[3] * x).exp() + b[4] * (-b[5] * x).exp()
-
-
-def _peaks(b: Tensor, x: Tensor) -> Tensor:
-    first = b[2] * (-((x - b[3]) ** 2) / b[4] ** 2).exp()
-    return b[0] * (-b[1] * x).exp() + first + b[5] * (-((x - b[6]) ** 2) / b[7] ** 2).exp()
-
-
-def _chwirut(b: Tensor, x: Tensor) -> Tensor:
-    return (-b[0] * x).exp() / (b[1] + b[2] * x)
-
-
-def _cubics(b: Tensor, x: Tensor) -> Tensor:
-    return (b[0] + b[1] * x + b[2] * x**2 + b[3] * x**3) / (1 + b[4] * x + b[5] * x**2 + b[6] * x**3)
-
-
-def _cycles(b: Tensor, x: Tensor) -> Tensor:
-    phase = 2 * math.pi * x
-    return (
-        b[0]
-        + b[1] * (phase / 12).cos()
-        + b[2] * (phase / 12).sin()
-        + b[4] * (phase / b[3]).cos()
-        + b[5] * (phase / b[3]).sin()
-        + b[7] * (phase / b[6]).cos()
-        + b[8] * (phase / b[6]).sin()
+@functools.cache
+def dataset(name: str) -> Dataset:
+    """Read from its file."""
+    text = (FOLDER / f"{name}.dat").read_text(encoding="ascii")
+    columns = [[float(field) for field in match] for match in PARAMETER.findall(text)]
+    start1, start2, certified, deviations = torch.tensor(columns, dtype=torch.float64).T
+    # What follows the line that names the columns, the last to begin with "Data:".
+    table = re.split(r"^Data:.*$", text, flags=re.MULTILINE)[-1]
+    rows = [[float(field) for field in line.split()] for line in table.splitlines() if line.strip()]
+    y, *x = torch.tensor(rows, dtype=torch.float64).T
+    sum_of_squares, level = SUM_OF_SQUARES.search(text), LEVEL.search(text)
+    assert sum_of_squares
+    assert level
+    return Dataset(
+        name,
+        level[1],
+        MODELS[name],
+        torch.stack(x) if len(x) > 1 else x[0],
+        y.log() if name == "Nelson" else y,
+        (start1, start2),
+        certified,
+        deviations,
+        float(sum_of_squares[1]),
     )
-
-
-def _saturation(b: Tensor, x: Tensor) -> Tensor:
-    return b[0] * (1 - (-b[1] * x).exp())
-
-
-MODELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Bennett5": lambda b, x: b[0] * (b[1] + x) ** (-1 / b[2]),
-    "BoxBOD": _saturation,
-    "Chwirut1": _chwirut,
-    "Chwirut2": _chwirut,
-    "DanWood": lambda b, x: b[0] * x ** b[1],
-    "ENSO": _cycles,
-    "Eckerle4": lambda b, x: b[0] / b[1] * (-0.5 * ((x - b[2]) / b[1]) ** 2).exp(),
-    "Gauss1": _peaks,
-    "Gauss2": _peaks,
-    "Gauss3": _peaks,
-    "Hahn1": _cubics,
-    "Kirby2": lambda b, x: (b[0] + b[1] * x + b[2] * x**2) / (1 + b[3] * x + b[4] * x**2),
-    "Lanczos1": _exponentials,
-    "Lanczos2": _exponentials,
-    "Lanczos3": _exponentials,
-    "MGH09": lambda b, x: b[0] * (x**2 + x * b[1]) / (x**2 + x * b[2] + b[3]),
-    "MGH10": lambda b, x: b[0] * (b[1] / (x + b[2])).exp(),
-    "MGH17": lambda b, x: b[0] + b[1] * (-x * b[3]).exp() + b[2] * (-x * b[4]).exp(),
-    "Misra1a": _saturation,
-    "Misra1b": lambda b, x: b[0] * (1 - (1 + b[1] * x / 2) ** -2),
-    "Misra1c": lambda b, x: b[0] * (1 - (1 + 2 * b[1] * x) ** -0.5),
-    "Misra1d": lambda b, x: b[0] * b[1] * x / (1 + b[1] * x),
-    # Of the logarithm of the response.
-    "Nelson": lambda b, x: b[0] - b[1] * x[0] * (-b[2] * x[1]).exp(),
-    "Rat42": lambda b, x: b[0] / (1 + (b[1] - b[2] * x).exp()),
-    "Rat43": lambda b, x: b[0] / (1 + (b[1] - b[2] * x).exp()) ** (1 / b[3]),
-    "Roszman1": lambda b, x: b[0] - b[1] * x - (b[2] / (x - b[3])).atan() / math.pi,
-    "Thurber": _cubics,
-}
-
-
-def read(name: str) -> Regression:
-    """A set by its name."""
-    lines = (FOLDER / f"{name}.dat").read_text().splitlines()
-    rows, squares = [], math.nan
-    for line in lines:
-        if found := re.match(r"\s*b\d+\s*=\s*" + r"\s+".join([NUMBER] * 4) + r"\s*$", line):
-            rows.append([float(value) for value in found.groups()])
-        elif found := re.match(r"Residual Sum of Squares:\s*" + NUMBER, line):
-            squares = float(found[1])
-    start = max(i for i, line in enumerate(lines) if line.startswith("Data:")) + 1
-    data = torch.tensor(
-        [[float(value) for value in line.split()] for line in lines[start:] if line.strip()],
-        dtype=torch.float64,
-    ).T
-    columns = torch.tensor(rows, dtype=torch.float64).T
-    y, x = data[0], data[1:]
-    return Regression(
-        name=name,
-        x=x if len(x) > 1 else x[0],
-        y=y.log() if name == "Nelson" else y,
-        starts=(columns[0], columns[1]),
-        parameters=columns[2],
-        deviations=columns[3],
-        squares=squares,
-    )
-
-
-REGRESSIONS = [read(name) for name in MODELS]
-
-
-def digits(regression: Regression, b: Tensor) -> float:
-    """Right digits of the worst parameter, whichever of two equal terms comes first and whatever a sign's."""
-    candidates = [b]
-    if regression.name in SYMMETRIES:
-        candidates = [b[torch.tensor(order)] for order in SYMMETRIES[regression.name]]
-    is_even = list(EVEN.get(regression.name, ()))
-    certified = regression.parameters
-    best = 0.0
-    for candidate in candidates:
-        candidate = candidate.clone()
-        candidate[is_even] = candidate[is_even].abs()
-        error = ((candidate - certified) / certified).abs().max()
-        best = max(best, -math.log10(max(float(error), 1e-11)) if error.isfinite() else 0.0)
-    return best
-
-
-def _pairs(*orders: tuple[int, ...]) -> list[list[int]]:
-    return [[2 * i + j for i in order for j in (0, 1)] for order in orders]
-
-
-_THREE = _pairs((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
-_TWO_PEAKS = [list(range(8)), [0, 1, 5, 6, 7, 2, 3, 4]]
-# Orders of the parameters, and parameters whose sign is free, under which the model stays the same.
-SYMMETRIES = {
-    **dict.fromkeys(("Lanczos1", "Lanczos2", "Lanczos3"), _THREE),
-    **dict.fromkeys(("Gauss1", "Gauss2", "Gauss3"), _TWO_PEAKS),
-    "MGH17": [list(range(5)), [0, 2, 1, 4, 3]],
-    "ENSO": [list(range(9)), [0, 1, 2, 6, 7, 8, 3, 4, 5]],
-}
-EVEN = dict.fromkeys(("Gauss1", "Gauss2", "Gauss3"), (4, 7))

@@ -142,6 +142,8 @@ ORDER = [
     "optim.functions.saddle",
     "optim.functions.newton",
     "optim.functions.minimize",
+    "optim.functions.curve_fit",
+    "optim.functions.root",
     "optim",
 ]
 IMPORTS_NOTHING = ["optim.methods.control", "optim.methods.options", "optim.optimizers.report"]
@@ -176,6 +178,8 @@ MANY_PARAMETERS = {
     "cg",
     "least_squares",
     "minimize",
+    "curve_fit",
+    "root",
 }
 
 FILES = sorted(path for package in ("secondorder", "optim") for path in (ROOT / package).rglob("*.py"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -78,6 +79,92 @@ PROBLEMS = [
     _problem("helical_valley", _helical_valley, (-1.0, 0.0, 0.0), 2500.0, (1.0, 0.0, 0.0), MGH + "7"),
     _problem("powell_singular", _powell_singular, (3.0, -1.0, 0.0, 1.0), 215.0, (0.0,) * 4, MGH + "13"),
     _problem("wood", _wood, (-3.0, -1.0, -3.0, -1.0), 19192.0, (1.0,) * 4, MGH + "14"),
+]
+
+
+class Equations(NamedTuple):
+    """As many equations as unknowns. NaN and None: not published."""
+
+    name: str
+    residual: Callable[[Tensor], Tensor]
+    start: Tensor
+    start_value: float
+    solution: tuple[float, ...] | None
+    reference: str
+
+
+def _powell_badly_scaled(x):
+    return torch.stack([1e4 * x[0] * x[1] - 1, torch.exp(-x[0]) + torch.exp(-x[1]) - 1.0001])
+
+
+def _broyden_tridiagonal(x):
+    before, after = F.pad(x[:-1], (1, 0)), F.pad(x[1:], (0, 1))
+    return (3 - 2 * x) * x - before - 2 * after + 1
+
+
+def _trigonometric(x):
+    i = torch.arange(1, len(x) + 1, dtype=x.dtype)
+    return len(x) - x.cos().sum() + i * (1 - x.cos()) - x.sin()
+
+
+def _discrete_boundary_value(x):
+    h = 1 / (len(x) + 1)
+    t = h * torch.arange(1, len(x) + 1, dtype=x.dtype)
+    before, after = F.pad(x[:-1], (1, 0)), F.pad(x[1:], (0, 1))
+    return 2 * x - before - after + h**2 * (x + t + 1) ** 3 / 2
+
+
+def _parabola(n):
+    t = torch.arange(1, n + 1, dtype=DOUBLE) / (n + 1)
+    return t * (t - 1)
+
+
+def _chandrasekhar(h):
+    """With albedo 0.9, by the midpoint rule."""
+    n = len(h)
+    mu = (torch.arange(1, n + 1, dtype=h.dtype) - 0.5) / n
+    return h - 1 / (1 - CHANDRASEKHAR_ALBEDO / (2 * n) * (mu[:, None] / (mu[:, None] + mu)) @ h)
+
+
+def _freudenstein_roth(x):
+    return torch.stack(
+        [-13 + x[0] + ((5 - x[1]) * x[1] - 2) * x[1], -29 + x[0] + ((x[1] + 1) * x[1] - 14) * x[1]]
+    )
+
+
+def _equations(name, residual, start, start_value, solution, reference):
+    return Equations(name, residual, torch.as_tensor(start, dtype=DOUBLE), start_value, solution, reference)
+
+
+CHANDRASEKHAR_ALBEDO = 0.9
+KELLEY = "Kelley (1995), Iterative methods for linear and nonlinear equations, section 5.6"
+EQUATIONS = [
+    _equations("rosenbrock", _rosenbrock, (-1.2, 1.0), 24.2, (1.0, 1.0), MGH + "1"),
+    _equations(
+        "powell_badly_scaled",
+        _powell_badly_scaled,
+        (0.0, 1.0),
+        1 + (math.exp(-1) - 1e-4) ** 2,
+        (1.098159e-5, 9.106146),
+        MGH + "3",
+    ),
+    _equations("broyden_tridiagonal", _broyden_tridiagonal, [-1.0] * 10, 21.0, None, MGH + "30"),
+    _equations(
+        "discrete_boundary_value", _discrete_boundary_value, _parabola(10), math.nan, None, MGH + "28"
+    ),
+    _equations("chandrasekhar", _chandrasekhar, [1.0] * 100, math.nan, None, KELLEY),
+]
+
+# From these starts the sum of squares falls to a minimum that is no root: start, sum of squares there.
+NO_ROOTS = [
+    (
+        _equations("freudenstein_roth", _freudenstein_roth, (0.5, -2.0), 400.5, (5.0, 4.0), MGH + "2"),
+        48.98425,
+    ),
+    (
+        _equations("trigonometric", _trigonometric, [0.1] * 10, 7.0757594662226e-3, (0.0,) * 10, MGH + "26"),
+        2.795056e-5,
+    ),
 ]
 
 

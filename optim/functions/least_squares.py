@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,9 +97,7 @@ class LeastSquaresResult(OptimizeResult):
                 f"the covariance needs more residuals than parameters, got {m} and {count}; use"
                 " absolute_sigma=True where the residuals are in units of their standard deviations."
             )
-        scale = self.jac[:, free].norm(dim=0)
-        R = torch.linalg.qr(self.jac[:, free] / scale, mode="r").R
-        inverse = torch.cholesky_inverse(R, upper=True) / scale / scale.unsqueeze(1)
+        inverse = inverse_normal(self.jac[:, free])
         if not absolute_sigma:
             inverse = inverse * (2 * self.cost / (m - count))
         covariance = self.jac.new_zeros(n, n)
@@ -232,7 +231,8 @@ def least_squares(
 def _tolerances(dtype: torch.dtype, ftol: float | None, xtol: float | None, gtol: float | None) -> Tolerances:
     single = torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
     return Tolerances(
-        ftol=ftol or 0.0,
+        # A step that only the gradient tells from rounding may raise the value.
+        ftol=-math.inf if ftol is None else ftol,
         xtol=XTOL * single**0.5 if xtol is None else xtol,
         gtol=GTOL * single**0.7 if gtol is None else gtol,
     )
@@ -253,6 +253,13 @@ def _flat(jac: UserJacobian | None, variables: Variables, args: tuple[Any, ...])
     if not callable(jac):
         raise TypeError(f"jac must be a function of x, or None, got {jac!r}; derivatives come from torch.")
     return lambda x: jac(variables.unpack(x), *args)
+
+
+def inverse_normal(J: Tensor) -> Tensor:
+    """``(J^T J)^-1`` of full rank, shape (n, n), whatever the units of the columns; without ``J^T J``."""
+    scale = J.norm(dim=0)
+    R = torch.linalg.qr(J / scale, mode="r").R
+    return torch.cholesky_inverse(R, upper=True) / scale / scale.unsqueeze(1)
 
 
 def report_of(variables: Variables) -> Callable[[Squares, str, Run], LeastSquaresResult]:

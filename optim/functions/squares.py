@@ -36,7 +36,7 @@ class Tolerances(NamedTuple):
     """When a point is the solution.
 
     Attributes:
-        ftol: The last step decreased the cost by less than this, relative; 0 for never.
+        ftol: The last step decreased the cost by less than this, relative; minus infinity for never.
         xtol: The step of Gauss and Newton changes no variable by more than this, relative.
         gtol: The columns of the Jacobian can take no more than this from the residuals, relative to their
             norm: the cosine of the angle between them.

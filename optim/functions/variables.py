@@ -31,6 +31,7 @@ class Variables:
     """
 
     def __init__(self, x0: Any, name: str = "x0") -> None:
+        self._name = name
         self._is_array = not _has_tensor(x0)
         if self._is_array:
             x0 = _as_tensor(x0, name)
@@ -66,12 +67,14 @@ class Variables:
             value = torch.as_tensor(np.asarray(value, dtype=np.float64))
         leaves, spec = pytree.tree_flatten(value)
         if spec != self._spec:
-            raise ValueError(f"{name} must have the structure of x0, {self._spec}, got {spec}.")
+            raise ValueError(f"{name} must have the structure of {self._name}, {self._spec}, got {spec}.")
         wanted = self._layout.unflatten(start)
         for leaf, like in zip(leaves, wanted, strict=True):
             if torch.as_tensor(leaf).shape not in (like.shape, ()):
                 got = tuple(torch.as_tensor(leaf).shape)
-                raise ValueError(f"{name} must have the shape of x0, {tuple(like.shape)}, got {got}.")
+                raise ValueError(
+                    f"{name} must have the shape of {self._name}, {tuple(like.shape)}, got {got}."
+                )
         return flatten(
             [torch.as_tensor(a).detach().to(b).expand_as(b) for a, b in zip(leaves, wanted, strict=True)]
         )

@@ -1,0 +1,330 @@
+"""Fit a curve to data, with the arguments and the meanings of ``scipy.optimize.curve_fit``."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import OptimizeWarning
+from torch import Tensor
+
+from optim.functions.bounds import Box
+from optim.functions.least_squares import LeastSquaresResult, inverse_normal, least_squares
+from optim.functions.run import Callback
+from optim.functions.variables import DTYPES, Variables
+from optim.methods.options import check_choice, refuse_arguments
+
+# Of (xdata, *parameters): what ydata is compared with.
+Model = Callable[..., Tensor]
+
+NAN_POLICIES = ("raise", "omit")
+# Without success, but with nothing better to be had: parameters that the data do not determine.
+UNDETERMINED = "singular"
+
+INSTEAD = {
+    "maxfev": "Give max_nfev.",
+    "diff_step": "Leave it out: derivatives are exact.",
+    "epsfcn": "Leave it out: derivatives are exact.",
+    "method": "Leave it out: bounds or not, there is one method.",
+    "verbose": "Nothing is printed: look at full_output=True, or use a callback.",
+}
+
+
+def curve_fit(
+    f: Model,
+    xdata: Any,
+    ydata: Any,
+    p0: Any = None,
+    sigma: Any = None,
+    absolute_sigma: bool = False,
+    check_finite: bool | None = None,
+    bounds: Any = None,
+    *,
+    jac: Model | None = None,
+    full_output: bool = False,
+    nan_policy: str | None = None,
+    loss: Any = "linear",
+    f_scale: float = 1.0,
+    x_scale: Any = "jac",
+    max_iter: int | None = None,
+    max_nfev: int | None = None,
+    callback: Callback | None = None,
+    **unsupported: Any,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LeastSquaresResult]:
+    """Fit ``ydata = f(xdata, *parameters) + noise`` by nonlinear least squares.
+
+    The sum of squares of ``(f(xdata, *parameters) - ydata) / sigma`` is minimised by ``least_squares``.
+
+    Args:
+        f: Called as ``f(xdata, p1, p2, ...)`` with a tensor without dimensions for each parameter; made of
+            torch's functions; returns a tensor of the shape of ``ydata``, or without dimensions.
+        xdata: What ``f`` is called with. Numbers and arrays, and tuples or lists of them, become one tensor
+            of the dtype of ``ydata``, of shape (m,), or (k, m) for k predictors; anything else is left as is.
+        ydata: Measurements, m of them, usually of shape (m,). A tensor of float32 or float64 sets dtype and
+            device of the fit; anything else becomes float64.
+        p0: First guess, shape (n,). Where it is None, ones, or inside of bounds: the middle between two, one
+            unit from a single one.
+        sigma: Standard deviations of ``ydata``, m of them or one for all, or its covariance, shape (m, m).
+        absolute_sigma: Whether ``sigma`` has the unit of ``ydata``, so that ``pcov`` is as it says. Otherwise
+            only the ratios in it count, and ``pcov`` is scaled by the sum of squares over ``m - n``.
+        check_finite: Raise where data are not finite; True where None, unless there is a ``nan_policy``.
+        bounds: ``(lower, upper)`` with a number or n of them each, or ``scipy.optimize.Bounds``.
+        jac: Called as ``f`` is; returns the derivatives of ``f``, shape (m, n). Taken by torch where None.
+        full_output: Return the ``LeastSquaresResult`` too; then a fit that did not converge
+            is no error.
+        nan_policy: Of data: "raise" an error for NaN, or "omit" what has one; None for ``check_finite``.
+        loss: As of ``least_squares``: a robust one for data with outliers.
+        f_scale: Where outliers begin, in units of ``sigma``, or of ``ydata`` without one.
+        x_scale: As of ``least_squares``.
+        max_iter: Steps allowed, taken or rejected; None for the default of ``least_squares``.
+        max_nfev: Evaluations of ``f`` allowed; None for any number.
+        callback: Called with the present result after each accepted step.
+        unsupported: Arguments of other functions; an error.
+
+    Returns:
+        ``popt`` of shape (n,) and ``pcov`` of shape (n, n), its covariance; with ``full_output`` also the
+        result. The standard errors are ``pcov.diagonal().sqrt()``. Where data do not determine the parameters
+        ``pcov`` is infinite, with an ``OptimizeWarning``.
+
+    Raises:
+        TypeError: ``f`` is no function or returns no tensor; data are complex; an argument is unknown.
+        ValueError: data are empty or not finite; shapes differ; ``sigma`` is not positive (definite); the
+            number of parameters cannot be told; bounds exclude each other.
+        RuntimeError: the fit did not converge, without ``full_output``; the message says what to try.
+
+    Cost: that of ``least_squares``; a covariance ``sigma`` a triangular solve an evaluation.
+
+    Example:
+        >>> x = torch.linspace(0, 4, 50, dtype=torch.float64)
+        >>> decay = lambda x, a, b: a * torch.exp(-b * x)
+        >>> popt, pcov = curve_fit(decay, x, decay(x, 2.5, 1.3))
+        >>> popt.round(decimals=6)
+        tensor([2.5000, 1.3000], dtype=torch.float64)
+    """
+    refuse_arguments(curve_fit, unsupported, INSTEAD)
+    if not callable(f):
+        raise TypeError(f"f must be a function of xdata and parameters, got {type(f).__name__}.")
+    if nan_policy is not None:
+        check_choice({"nan_policy": nan_policy}, "nan_policy", NAN_POLICIES)
+    data = _Data.of(xdata, ydata, sigma)
+    if nan_policy == "omit":
+        data = data.without_nan()
+    elif nan_policy == "raise" or check_finite is not False:
+        data.check_finite(or_infinite=check_finite is not False and nan_policy is None)
+    start, sides = _start(f, p0, bounds, data.y)
+    fit = _Fit(f, jac, data.whitening())
+    result = least_squares(
+        fit.residual,
+        start,
+        (data.x, data.y),
+        loss=loss,
+        f_scale=f_scale,
+        bounds=sides,
+        x_scale=x_scale,
+        jac=None if jac is None else fit.jacobian,
+        max_iter=max_iter,
+        max_nfev=max_nfev,
+        callback=callback,
+    )
+    if not (result.success or full_output or result.status == UNDETERMINED):
+        raise RuntimeError(
+            f"the fit did not converge ({result.status}): {result.message}. With full_output=True the point"
+            " where it stopped is returned."
+        )
+    pcov = _covariance(result, absolute_sigma)
+    return (result.x, pcov, result) if full_output else (result.x, pcov)
+
+
+class _Data(NamedTuple):
+    """What is fitted: ``y`` of floating point, ``sigma`` of its dtype or None."""
+
+    x: Any
+    y: Tensor
+    sigma: Tensor | None
+
+    @classmethod
+    def of(cls, xdata: Any, ydata: Any, sigma: Any) -> _Data:
+        y = _tensor(ydata, "ydata")
+        if y.dtype not in DTYPES:
+            y = y.double()
+        if y.numel() == 0:
+            raise ValueError("ydata must not be empty.")
+        if isinstance(xdata, tuple | list | np.ndarray | int | float):
+            xdata = _tensor(xdata, "xdata").to(y)
+        if sigma is None:
+            return cls(xdata, y, None)
+        sigma, m = _tensor(sigma, "sigma").to(y), y.numel()
+        if sigma.dim() == 0:
+            sigma = sigma.expand(m)
+        if sigma.shape == y.shape:
+            sigma = sigma.reshape(m)
+        if sigma.shape not in ((m,), (m, m)):
+            raise ValueError(
+                f"sigma must have shape ({m},) for standard deviations or ({m}, {m}) for a covariance, got"
+                f" {tuple(sigma.shape)}."
+            )
+        return cls(xdata, y, sigma)
+
+    def without_nan(self) -> _Data:
+        """The measurements without NaN in ``y`` or in a predictor, flat."""
+        keep = ~self.y.flatten().isnan()
+        x = self.x
+        if isinstance(x, Tensor):
+            if x.dim() == 0 or x.shape[-1] != len(keep):
+                raise ValueError(
+                    f"xdata must have {len(keep)} measurements in its last dimension for nan_policy='omit',"
+                    f" got shape {tuple(x.shape)}."
+                )
+            keep = keep & ~x.isnan().reshape(-1, len(keep)).any(dim=0)
+            x = x[..., keep]
+        if not bool(keep.any()):
+            raise ValueError("ydata must have a measurement without NaN.")
+        sigma = self.sigma
+        if sigma is not None:
+            sigma = sigma[keep] if sigma.dim() == 1 else sigma[keep][:, keep]
+        return _Data(x, self.y.flatten()[keep], sigma)
+
+    def check_finite(self, or_infinite: bool) -> None:
+        """Raise where data hold NaN, or infinity too."""
+        for name, values in (("xdata", self.x), ("ydata", self.y), ("sigma", self.sigma)):
+            if not isinstance(values, Tensor):
+                continue
+            is_wrong = ~values.isfinite() if or_infinite else values.isnan()
+            if bool(is_wrong.any()):
+                raise ValueError(
+                    f"{name} must be finite, got NaN or infinity at {int(is_wrong.sum())} of"
+                    f" {values.numel()} places. Leave NaN out with nan_policy='omit'."
+                )
+
+    def whitening(self) -> Callable[[Tensor], Tensor]:
+        """What makes of differences, shape (m, ...), those of independent noise of one unit."""
+        sigma = self.sigma
+        if sigma is None:
+            return lambda r: r
+        if sigma.dim() == 1:
+            if not bool((sigma > 0).all()):
+                raise ValueError(f"sigma must be positive, got {float(sigma.min())}.")
+            return lambda r: r / (sigma if r.dim() == 1 else sigma[:, None])
+        factor, info = torch.linalg.cholesky_ex(sigma)
+        if int(info):
+            raise ValueError(
+                "sigma must be positive definite, got a matrix whose leading minor of order"
+                f" {int(info)} is not."
+            )
+        return lambda r: torch.linalg.solve_triangular(
+            factor, r.reshape(len(factor), -1), upper=False
+        ).reshape(r.shape)
+
+
+class _Fit:
+    """Residuals, and their derivatives where a user has them."""
+
+    def __init__(self, f: Model, jac: Model | None, whiten: Callable[[Tensor], Tensor]) -> None:
+        self._f, self._jac, self._whiten = f, jac, whiten
+
+    def residual(self, p: Tensor, x: Any, y: Tensor) -> Tensor:
+        """Model minus data in units of sigma, shape (m,)."""
+        values = self._f(x, *p.unbind())
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"f must return a tensor, got {type(values).__name__}; write it with torch's functions."
+            )
+        # (m, 1) and (m,) would broadcast to (m, m).
+        if values.dim() and values.shape != y.shape:
+            raise ValueError(
+                f"f must return the shape of ydata, {tuple(y.shape)}, got {tuple(values.shape)}."
+            )
+        return self._whiten((values - y).flatten())
+
+    def jacobian(self, p: Tensor, x: Any, y: Tensor) -> Tensor:
+        """Of the residuals, shape (m, n)."""
+        assert self._jac is not None
+        J = torch.as_tensor(self._jac(x, *p.unbind())).to(p)
+        if J.shape != (y.numel(), p.numel()):
+            raise ValueError(
+                f"jac must return shape ({y.numel()}, {p.numel()}), a row a measurement, got"
+                f" {tuple(J.shape)}."
+            )
+        return self._whiten(J)
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    """A tensor of real numbers of anything that holds numbers, tensors among them."""
+    if not isinstance(values, Tensor):
+        parts = values if isinstance(values, tuple | list) else ()
+        try:
+            values = (
+                torch.stack([torch.as_tensor(part) for part in parts])
+                if any(isinstance(part, Tensor) for part in parts)
+                else torch.as_tensor(np.asarray(values))
+            )
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{name} must be an array of numbers, got {type(values).__name__} that makes none."
+            ) from None
+    if values.is_complex():
+        raise TypeError(f"{name} must be real, got {values.dtype}; fit real and imaginary parts.")
+    return values
+
+
+def _start(f: Model, p0: Any, bounds: Any, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The first guess, shape (n,), and both sides of its bounds; None where nothing is bounded."""
+    guess = None if p0 is None else _tensor(p0, "p0").to(y).reshape(-1).detach()
+    ones = y.new_ones(_parameters(f)) if guess is None else torch.ones_like(guess)
+    box = Box.of(bounds, Variables(ones, "p0"), two_by_two="sides")
+    if box is None:
+        return ones if guess is None else guess, None
+    return _inside(box) if guess is None else guess, (box.lower, box.upper)
+
+
+def _inside(box: Box) -> Tensor:
+    """One where there is no bound, the middle of two, a unit inside of a single one: as SciPy starts."""
+    lower, upper = box.lower, box.upper
+    below, above = lower.isfinite(), upper.isfinite()
+    p = torch.where(below, lower + 1, torch.where(above, upper - 1, torch.ones_like(lower)))
+    return torch.where(below & above, 0.5 * lower + 0.5 * upper, p)
+
+
+def _parameters(f: Model) -> int:
+    """How many ``f`` takes beside xdata."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    n = sum(parameter.kind in kinds for parameter in parameters) - 1
+    if n < 1:
+        raise ValueError(
+            "the number of fit parameters must be known, and the signature of f does not tell it; give p0."
+        )
+    return n
+
+
+def _covariance(result: LeastSquaresResult, absolute_sigma: bool) -> Tensor:
+    """As SciPy's, of all parameters, those at a bound too; infinite where the data leave some open."""
+    J = result.jac
+    m, n = J.shape
+    rank = _rank(J)
+    if rank < n or not (absolute_sigma or m > n):
+        warnings.warn(
+            "the covariance of the parameters could not be estimated: the data do not determine all of them"
+            f" (rank {rank} of {n}, {m} measurements).",
+            OptimizeWarning,
+            stacklevel=3,
+        )
+        return J.new_full((n, n), math.inf)
+    pcov = inverse_normal(J)
+    return pcov if absolute_sigma else pcov * (2 * result.cost / (m - n))
+
+
+def _rank(J: Tensor) -> int:
+    """In units in which the columns have length one."""
+    lengths = J.norm(dim=0)
+    scaled = torch.where(lengths > 0, J / lengths, 0.0)
+    values = torch.linalg.svdvals(scaled)
+    return int((values > torch.finfo(J.dtype).eps * max(J.shape) * values[0]).sum())

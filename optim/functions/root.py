@@ -1,0 +1,160 @@
+"""Solve as many equations as unknowns, by their residuals' least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.functions.least_squares import LeastSquaresResult, least_squares
+from optim.functions.problem import Function
+from optim.functions.results import OptimizeResult
+from optim.functions.run import Callback
+from optim.functions.variables import Variables
+from optim.methods.options import check_optional, refuse_arguments
+
+INSTEAD = {
+    "method": "Leave it out: it is Gauss-Newton's method, which is Newton's here, damped where that fails.",
+    "tol": "Give atol, a bound on the entries of fun.",
+    "options": "Give atol, max_iter or max_nfev themselves.",
+    "bounds": "Use least_squares, which has bounds, and look at its cost.",
+    "maxfev": "Give max_nfev.",
+}
+
+# Units of rounding that a residual may have at a root. Of what fun sums within, nothing is known.
+AT_ROOT = 100.0
+# Statuses of runs that ended before anything was found out about the point.
+UNFINISHED = ("max_iter", "max_nfev", "stopped", "non_finite", "unbounded")
+
+MESSAGES = {
+    "converged": "fun is zero to rounding, or to atol",
+    "local_minimum": "a minimum of the sum of squares that is no root: the Jacobian is singular there, or as"
+    " good as; choose another x0, or use least_squares if a least sum of squares is what you want",
+}
+
+
+def root(
+    fun: Function,
+    x0: Any,
+    args: Any = (),
+    *,
+    jac: Callable[..., Tensor] | None = None,
+    atol: float | None = None,
+    x_scale: Any = "jac",
+    max_iter: int | None = None,
+    max_nfev: int | None = None,
+    callback: Callback | None = None,
+    has_aux: bool = False,
+    progress: bool = False,
+    **unsupported: Any,
+) -> LeastSquaresResult:
+    """Find x with ``fun(x) = 0``, as many equations as unknowns.
+
+    The steps are those of ``least_squares``: Newton's near a root, damped where that does not lower the sum
+    of squares. Where they end at a point that is a minimum of that sum, but no root, the status says so.
+
+    Args:
+        fun: Called as ``fun(x, *args)`` with x as ``x0`` was given; returns a tensor of any shape with as
+            many elements as x; differentiable.
+        x0: Start: a tensor of any shape, float32 or float64; a tuple, list or dict of them; numbers or an
+            array, which ``fun`` sees as a tensor of float64. Not changed.
+        args: Further arguments of ``fun``, a tuple; anything else is one argument.
+        jac: Called as ``fun`` is; returns its Jacobian, shape (n, n). Taken by torch where None.
+        atol: Stop when no entry of ``fun`` exceeds this; None for its rounding.
+        x_scale: As of ``least_squares``.
+        max_iter: Steps allowed, taken or rejected; None for the default of ``least_squares``.
+        max_nfev: Evaluations allowed; None for any number.
+        callback: Called with the present ``OptimizeResult`` after each accepted step; stops by returning True
+            or raising StopIteration.
+        has_aux: ``fun`` returns ``(values, aux)``; the aux of the solution is ``result.aux``.
+        progress: Show a progress bar.
+        unsupported: Arguments of other solvers; an error.
+
+    Returns:
+        The result of ``least_squares``, with ``fun`` the equations at x. ``success`` says whether ``status``
+        is "converged": the equations hold to their rounding or to ``atol``, or Newton's step from x changes
+        no entry of x by more than a part of 1e-8. "local_minimum" is no success.
+
+    Raises:
+        TypeError: ``x0`` holds no floating-point numbers; ``fun`` returns no tensor; an argument is unknown.
+        ValueError: there are more or fewer equations than unknowns; an option is out of range; ``fun(x0)`` is
+            not finite.
+
+    Cost: a step takes one or two evaluations; one that is taken also a Jacobian and its decomposition, about
+    ``20 n^3`` operations.
+
+    Example:
+        >>> circle_and_line = lambda x: torch.stack([x.square().sum() - 2, x[0] - x[1]])
+        >>> result = root(circle_and_line, torch.tensor([2.0, 0.5], dtype=torch.float64))
+        >>> result.status, result.x.round(decimals=8)
+        ('converged', tensor([1., 1.], dtype=torch.float64))
+    """
+    refuse_arguments(root, unsupported, INSTEAD)
+    check_optional({"atol": atol}, "atol")
+    if not callable(fun):
+        raise TypeError(f"fun must be a function of x, got {type(fun).__name__}.")
+    variables = Variables(x0)
+    watch = _Watch(callback, atol)
+    result = least_squares(
+        _square(fun, variables.start.numel(), has_aux),
+        x0,
+        args,
+        jac=jac,
+        x_scale=x_scale,
+        max_iter=max_iter,
+        max_nfev=max_nfev,
+        callback=watch if callback is not None or atol is not None else None,
+        has_aux=has_aux,
+        progress=progress,
+    )
+    status = "converged" if watch.is_reached else _status(result, variables.pack(result.x, "x"))
+    if status not in MESSAGES or status == result.status:
+        return result
+    changes = {"status": status, "success": status == "converged", "message": MESSAGES[status]}
+    return type(result)(**{**result, **changes})
+
+
+class _Watch:
+    """A callback that stops at ``atol``, after the user's."""
+
+    def __init__(self, callback: Callback | None, atol: float | None) -> None:
+        self._callback, self._atol = callback, atol
+        self.is_reached = False
+
+    def __call__(self, result: OptimizeResult) -> bool:
+        if self._callback is not None and self._callback(result):
+            return True
+        self.is_reached = self._atol is not None and float(result.fun.abs().max()) <= self._atol
+        return self.is_reached
+
+
+def _square(fun: Function, unknowns: int, has_aux: bool) -> Function:
+    """``fun``, of which the number of values is looked at."""
+
+    def equations(x: Any, *args: Any) -> Any:
+        values = fun(x, *args)
+        r = values[0] if has_aux and isinstance(values, tuple) and len(values) == 2 else values
+        if isinstance(r, Tensor) and r.numel() != unknowns:
+            raise ValueError(
+                f"fun must return as many values as x has entries, {unknowns}, got {r.numel()}. Use"
+                " least_squares for more or fewer equations than unknowns."
+            )
+        return values
+
+    return equations
+
+
+def _status(result: LeastSquaresResult, x: Tensor) -> str:
+    """Of the point where the steps ended, flat, by what can be said of it."""
+    r, J = result.fun.detach(), result.jac
+    noise = torch.finfo(r.dtype).eps * (J.abs() @ x.abs() + r.abs())
+    if bool((r.abs() <= AT_ROOT * noise).all()):
+        return "converged"
+    if result.success or result.status in UNFINISHED:
+        return result.status
+    # Nothing lowers the sum of squares. Near a root that rounding hides Newton's step would be short.
+    units = J.norm(dim=0)
+    is_far = result.rank < len(x) or (units * torch.linalg.solve(J, r)).norm() > (units * x).norm()
+    return "local_minimum" if is_far else result.status
