@@ -396,3 +396,84 @@ class Skewed(torch.autograd.Function):
 
 SYSTEMS = _systems()
 SPECTRA = _spectra()
+
+
+class Box(NamedTuple):
+    """A function to be minimised between bounds, with published start and solution."""
+
+    name: str
+    func: Callable[[Tensor], Tensor]
+    start: tuple[float, ...]
+    bounds: tuple[tuple[float | None, float | None], ...]
+    minimizer: tuple[float, ...]
+    minimum: float
+
+
+def _hs(number, func, start, bounds, minimizer, minimum):
+    return Box(f"hs{number}", func, start, bounds, minimizer, minimum)
+
+
+def _hs5(x):
+    return torch.sin(x[0] + x[1]) + (x[0] - x[1]) ** 2 - 1.5 * x[0] + 2.5 * x[1] + 1
+
+
+def _hs38(x):
+    first = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2 + 90 * (x[3] - x[2] ** 2) ** 2 + (1 - x[2]) ** 2
+    return first + 10.1 * ((x[1] - 1) ** 2 + (x[3] - 1) ** 2) + 19.8 * (x[1] - 1) * (x[3] - 1)
+
+
+def _hs110(x):
+    logs = torch.log(x - 2).square() + torch.log(10 - x).square()
+    return logs.sum() - x.prod().pow(0.2)
+
+
+# Hock and Schittkowski (1981), Test examples for nonlinear programming codes: those with bounds alone.
+_W = (598 / 1200) ** 0.5
+_HS2 = 2 * _W * math.cos(math.acos(1 / (400 * _W**3)) / 3)
+BOXES = [
+    _hs(
+        1,
+        lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2,
+        (-2.0, 1.0),
+        ((None, None), (-1.5, None)),
+        (1.0, 1.0),
+        0.0,
+    ),
+    _hs(
+        2,
+        lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2,
+        (1.0, 1.6),
+        ((None, None), (1.5, None)),
+        (_HS2, 1.5),
+        100 * (1.5 - _HS2**2) ** 2 + (1 - _HS2) ** 2,
+    ),
+    _hs(
+        3,
+        lambda x: x[1] + 1e-5 * (x[1] - x[0]) ** 2,
+        (10.0, 1.0),
+        ((None, None), (0.0, None)),
+        (0.0, 0.0),
+        0.0,
+    ),
+    _hs(
+        4, lambda x: (x[0] + 1) ** 3 / 3 + x[1], (1.125, 0.125), ((1.0, None), (0.0, None)), (1.0, 0.0), 8 / 3
+    ),
+    _hs(
+        5,
+        _hs5,
+        (0.0, 0.0),
+        ((-1.5, 4.0), (-3.0, 3.0)),
+        (0.5 - math.pi / 3, -0.5 - math.pi / 3),
+        -(3**0.5) / 2 - math.pi / 3,
+    ),
+    _hs(38, _hs38, (-3.0, -1.0, -3.0, -1.0), ((-10.0, 10.0),) * 4, (1.0,) * 4, 0.0),
+    _hs(
+        45,
+        lambda x: 2 - x.prod() / 120,
+        (2.0,) * 5,
+        tuple((0.0, float(i)) for i in range(1, 6)),
+        (1.0, 2.0, 3.0, 4.0, 5.0),
+        1.0,
+    ),
+    _hs(110, _hs110, (9.0,) * 10, ((2.001, 9.999),) * 10, (9.350265791,) * 10, -45.77846971),
+]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.functions.batched.fronts import dtype_of, least_squares_batch, refuse_options
+from optim.functions.batched.squares import Tolerances as BatchTolerances
 from optim.functions.bounds import Box
 from optim.functions.frame import scale_of
 from optim.functions.problem import Evaluation, Function
@@ -127,8 +129,10 @@ def least_squares(
     callback: Callback | None = None,
     has_aux: bool = False,
     progress: bool = False,
+    batched: bool = False,
+    in_dims: Any = None,
     **unsupported: Any,
-) -> LeastSquaresResult:
+) -> Any:
     """Minimise half the sum of squares of ``residual(x)``, or of a robust loss of it, near ``x0``.
 
     Levenberg and Marquardt's method: one Jacobian a step, decomposed once for every damping; Nielsen's
@@ -165,11 +169,17 @@ def least_squares(
             StopIteration.
         has_aux: ``residual`` returns ``(residuals, aux)``; the aux of the solution is ``result.aux``.
         progress: Show a progress bar.
+        batched: Solve a problem for each row of ``x0``, a tensor, at once: ``residual`` takes and returns all
+            of them, shape (B, ...) and (B, m). Fields of the result have a row, ``status`` an entry, for
+            each.
+        in_dims: ``residual`` is that of one problem, and mapped over the rows of ``x0``: for each of ``args``
+            its dimension that goes with them, None for one that all share, as of ``torch.vmap``.
         unsupported: Arguments of SciPy's that have another name here; an error.
 
     Returns:
-        A ``LeastSquaresResult``; ``success`` says whether ``status`` is "converged". "singular": the cost is
-        stationary, but some combination of parameters is not determined.
+        A ``LeastSquaresResult``, or an ``OptimizeResult`` where ``batched``; ``success`` says whether
+        ``status`` is "converged". "singular": the cost is stationary, but some combination of parameters is
+        not determined.
 
     Raises:
         TypeError: ``x0`` holds no floating-point numbers; ``residual`` returns no real tensor.
@@ -196,25 +206,36 @@ def least_squares(
     check_positive(options, "f_scale")
     check_optional(options, "ftol", "xtol", "gtol")
     check_count(options, *(name for name in ("max_iter", "max_nfev") if options[name] is not None))
+    if batched or in_dims is not None:
+        given = dict(bounds=bounds, weights=weights, jac=jac, callback=callback, has_aux=has_aux)
+        refuse_options(
+            "least_squares", dict(given, max_nfev=max_nfev, loss=None if loss == "linear" else loss)
+        )
+        relative = _tolerances(dtype_of(x0), ftol, xtol, gtol)
+        return least_squares_batch(
+            residual, x0, args, in_dims, BatchTolerances(relative.xtol, relative.gtol), max_iter
+        )
     variables = Variables(x0)
     robust, box = Robust.of(loss, f_scale), Box.of(bounds, variables, two_by_two="sides")
     start = variables.start if box is None else box.project(variables.start)
     evaluation = Evaluation(residual, variables, args, has_aux)
     user_jacobian = _flat(jac, variables, evaluation.args)
     problem = ResidualProblem(evaluation, start, robust, box, _root(weights), user_jacobian)
-    single = torch.finfo(start.dtype).eps / torch.finfo(torch.float64).eps
-    tolerances = Tolerances(
+    tolerances = _tolerances(start.dtype, ftol, xtol, gtol)
+    scale = scale_of(x_scale, "jac", variables)
+    face = Squares(problem, scale, tolerances, robust.is_linear, report_of(variables))
+    run = Run(face, Limits(max_iter or 1000 + 100 * len(start), max_nfev), callback, progress)
+    return run.to_the_end()
+
+
+def _tolerances(dtype: torch.dtype, ftol: float | None, xtol: float | None, gtol: float | None) -> Tolerances:
+    single = torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
+    return Tolerances(
         # A step that only the gradient tells from rounding may raise the value.
         ftol=-math.inf if ftol is None else ftol,
         xtol=XTOL * single**0.5 if xtol is None else xtol,
         gtol=GTOL * single**0.7 if gtol is None else gtol,
     )
-    scale = scale_of(x_scale, "jac", variables)
-    face = Squares(problem, scale, tolerances, robust.is_linear, report_of(variables))
-    run = Run(face, Limits(max_iter or 1000 + 100 * len(start), max_nfev), callback, progress)
-    result = run.to_the_end()
-    assert isinstance(result, LeastSquaresResult)
-    return result
 
 
 def _root(weights: Any) -> Tensor | None:

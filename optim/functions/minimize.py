@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.functions.batched.fronts import dtype_of, minimize_batch, refuse_options
+from optim.functions.batched.newton import Tolerances as BatchTolerances
 from optim.functions.bounds import Box
 from optim.functions.frame import scale_of
 from optim.functions.newton import Dense, Newton, Products, Report, Tolerances
@@ -88,6 +90,8 @@ def minimize(
     callback: Callback | None = None,
     has_aux: bool = False,
     progress: bool = False,
+    batched: bool = False,
+    in_dims: Any = None,
     **unsupported: Any,
 ) -> OptimizeResult:
     """Find a local minimiser of ``fun`` near ``x0``.
@@ -125,6 +129,11 @@ def minimize(
             True or raising StopIteration.
         has_aux: ``fun`` returns ``(value, aux)``; the aux of the solution is ``result.aux``.
         progress: Show a progress bar.
+        batched: Solve a problem for each row of ``x0``, a tensor, at once: ``fun`` takes all of them, shape
+            (B, ...), and returns a value for each, shape (B,). Fields of the result have a row, ``status`` an
+            entry, for each.
+        in_dims: ``fun`` is that of one problem, and mapped over the rows of ``x0``: for each of ``args`` its
+            dimension that goes with them, None for one that all share, as of ``torch.vmap``.
         unsupported: Arguments of other minimisers; an error.
 
     Returns:
@@ -164,6 +173,11 @@ def minimize(
             max_nfev=max_nfev,
         )
     )
+    if batched or in_dims is not None:
+        given = dict(jac=jac, hess=hess, hessp=hessp, bounds=bounds, radius=radius, callback=callback)
+        refuse_options("minimize", dict(given, max_nfev=max_nfev, has_aux=has_aux))
+        tolerances = _tolerances(dtype_of(x0), gtol, xtol, ftol)
+        return minimize_batch(fun, x0, args, in_dims, BatchTolerances(*tolerances), max_iter)
     variables = Variables(x0)
     box = Box.of(bounds, variables)
     start = variables.start if box is None else box.project(variables.start)
@@ -172,16 +186,21 @@ def minimize(
     problem = FunctionProblem(evaluation, start, box)
     if method == "auto":
         method = "newton" if len(start) <= DIRECT_LIMIT else "newton-cg"
-    eps = torch.finfo(start.dtype).eps
-    tolerances = Tolerances(
-        gtol=math.sqrt(eps) if gtol is None else gtol,
-        xtol=XTOL * math.sqrt(eps / torch.finfo(torch.float64).eps) if xtol is None else xtol,
-        ftol=eps if ftol is None else ftol,
-    )
+    tolerances = _tolerances(start.dtype, gtol, xtol, ftol)
     scale = scale_of(x_scale, "auto", variables)
     face = _face(method, problem, tolerances, _report(variables, method, has_aux), scale)
     run = Run(face, Limits(max_iter or 5000 + 10 * len(start), max_nfev), callback, progress)
     return run.to_the_end(1.0 if method == "cubic" and radius is None else radius)
+
+
+def _tolerances(dtype: torch.dtype, gtol: float | None, xtol: float | None, ftol: float | None) -> Tolerances:
+    double = torch.finfo(torch.float64).eps
+    eps = torch.finfo(dtype).eps
+    return Tolerances(
+        gtol=math.sqrt(eps) if gtol is None else gtol,
+        xtol=XTOL * math.sqrt(eps / double) if xtol is None else xtol,
+        ftol=eps if ftol is None else ftol,
+    )
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -171,7 +171,7 @@ class Squares:
         is_stationary = at.projected <= max(tolerances.gtol * at.norm, NOISE * at.noise)
         if not is_stationary and self._is_near():
             at, is_stationary = self._finish(), True
-        if is_stationary or self._gain <= tolerances.ftol:
+        if is_stationary or self._gain < tolerances.ftol:
             return "converged" if at.is_determined else "singular"
         return "noise_floor" if self._stalled >= MAX_STALLED else ""
 

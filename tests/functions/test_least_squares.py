@@ -47,7 +47,7 @@ def scipys(residual, x0, **options):
     def jac(x):
         return torch.autograd.functional.jacobian(residual, torch.as_tensor(x, dtype=DOUBLE)).numpy()
 
-    tight = dict(xtol=1e-15, ftol=1e-15, gtol=1e-15, x_scale="jac", max_nfev=2000)
+    tight = dict(xtol=1e-15, ftol=None, gtol=1e-15, x_scale="jac", max_nfev=2000)
     return optimize.least_squares(fun, x0.numpy(), jac=jac, **{**tight, **options})
 
 

@@ -1,0 +1,1 @@
+"""Thousands of small problems at once, along the first dimension."""

@@ -1,0 +1,248 @@
+"""Newton's method for a batch of problems, each with its own damping."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim.functions.batched import control
+from optim.functions.batched.evaluation import Batch, is_separable
+from optim.functions.batched.factors import cholesky_solve
+from optim.functions.batched.state import CODES, Ledger, Solved
+from optim.methods.control import ACCEPTANCE, CANCELLATION, NOISE_FACTOR
+
+# In units of the curvature along each variable. A first step that is refused costs little.
+FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-6, 1e-20, 1e30
+# Pivots of a matrix that is definite without damping, in units of this.
+DEFINITE = 10.0
+# Damping that does not hold back a step.
+LOOSE = 1e-3
+# The scale of a variable halves at most in a step.
+DECAY = 0.5
+# A value below this, relative to the start, has no minimum near it.
+UNBOUNDED = -1e30
+
+
+class Tolerances(NamedTuple):
+    """As of ``minimize``."""
+
+    gtol: float
+    xtol: float
+    ftol: float
+
+
+class At(NamedTuple):
+    """Points of the problems that are left.
+
+    Attributes:
+        x: Shape (L, n).
+        value: Shape (L,).
+        gradient: Shape (L, n).
+        hessian: Shape (L, n, n).
+        damping, growth: Of each, shape (L,).
+        units: Scale of the variables, shape (L, n).
+        floor: A value below which there is no minimum, shape (L,).
+    """
+
+    x: Tensor
+    value: Tensor
+    gradient: Tensor
+    hessian: Tensor
+    damping: Tensor
+    growth: Tensor
+    units: Tensor
+    floor: Tensor
+
+    def kept(self, index: Tensor) -> At:
+        """Of some of them."""
+        return At(*(part[index] for part in self))
+
+
+def solve(batch: Batch, x0: Tensor, tolerances: Tolerances, max_iter: int) -> Solved:
+    """Minimise the function of each problem.
+
+    Args:
+        batch: Values, (L,).
+        x0: Shape (B, n).
+        tolerances: When a problem is done.
+        max_iter: Rounds: a step of every problem that is left.
+    """
+    return _Run(batch, x0, tolerances).to_the_end(max_iter)
+
+
+def derivatives(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, gradients and Hessians, from one graph of the sum over the problems."""
+    with torch.enable_grad():
+        y = x.detach().requires_grad_()
+        value = batch(y)
+        if value.ndim != 1:
+            raise ValueError(f"fun must return one number for each problem, got shape {tuple(value.shape)}.")
+        zero = torch.zeros_like(x)
+        if not value.requires_grad:
+            return value, zero, zero.unsqueeze(2).expand(-1, -1, x.shape[1])
+        (g,) = torch.autograd.grad(value.sum(), y, create_graph=True)
+        rows = []
+        for part in g.sum(0).unbind():
+            row = (
+                torch.autograd.grad(part, y, retain_graph=True, allow_unused=True)[0]
+                if g.requires_grad
+                else None
+            )
+            rows.append(zero if row is None else row)
+    H = torch.stack(rows, 1)
+    return value.detach(), g.detach(), (H + H.transpose(1, 2)) / 2
+
+
+class _Run:
+    """One batch."""
+
+    def __init__(self, batch: Batch, x0: Tensor, tolerances: Tolerances) -> None:
+        self._batch, self._tolerances, self._eps = batch, tolerances, torch.finfo(x0.dtype).eps
+        value, g, H = derivatives(batch, x0)
+        self._count = 1
+        ones = torch.ones_like(value)
+        self._at = At(
+            *(x0, value, g, H, FIRST_DAMPING * ones, 2 * ones),
+            units=_units(H, None),
+            floor=UNBOUNDED * value.abs().clamp(min=1.0),
+        )
+        self._ledger = Ledger(x0)
+        self._is_separable = is_separable(batch, x0, value)
+
+    def to_the_end(self, max_iter: int) -> Solved:
+        """Rounds, until all are done."""
+        self._settle(torch.zeros_like(self._at.value, dtype=torch.int8))
+        for _ in range(max_iter):
+            kept = self._ledger.left(self._is_separable)
+            if kept is not None:
+                if not len(kept):
+                    break
+                self._at, self._batch = self._at.kept(kept), self._batch.at(kept)
+            self._round()
+        count = self._count
+        return self._ledger.solved(count, count, count)
+
+    def _round(self) -> None:
+        """A step of every problem, taken or not."""
+        at, eps = self._at, self._eps
+        self._ledger.count()
+        g = at.gradient / at.units
+        scaled = at.hessian / at.units.unsqueeze(1) / at.units.unsqueeze(2)
+        z, pivot = cholesky_solve(scaled + torch.diag_embed(at.damping.unsqueeze(1).expand_as(g)), -g)
+        # Damping alone makes pivots of its own size.
+        is_definite = pivot > DEFINITE * at.damping + eps * g.shape[1]
+        predicted = -(g * z).sum(1) - 0.5 * (z * (scaled @ z.unsqueeze(2))[:, :, 0]).sum(1)
+        step = z / at.units
+        is_saddle = self._is_small() & ~is_definite & (at.damping <= LOOSE)
+        status = self._verdict(step, predicted, is_definite)
+        value, gradient, H = derivatives(self._batch, at.x + step)
+        self._count += 1
+        is_finite = value.isfinite() & gradient.sum(1).isfinite() & H.sum((1, 2)).isfinite()
+        is_usable = is_finite & (pivot > 0) & (predicted > 0)
+        actual, limit = at.value - value, NOISE_FACTOR * eps * at.value.abs()
+        trapezoid = -0.5 * ((at.gradient + gradient) * step).sum(1)
+        is_quiet = (predicted <= limit) & (actual.abs() <= CANCELLATION * limit)
+        rho = torch.where(is_usable, torch.where(is_quiet, trapezoid, actual) / predicted, -math.inf)
+        stuck = is_quiet & is_usable & (rho <= ACCEPTANCE)
+        status = torch.where((status == 0) & stuck, CODES["noise_floor"], status)
+        self._move(rho, (status == 0) & ~is_saddle, at.x + step, value, gradient, H)
+        status = torch.where((status == 0) & (self._at.damping > MOST_DAMPING), CODES["damping"], status)
+        status = torch.where((status == 0) & (self._at.value < at.floor), CODES["unbounded"], status)
+        self._settle(status.to(torch.int8))
+        self._leave(is_saddle & self._ledger.live)
+
+    def _is_small(self) -> Tensor:
+        return self._at.gradient.abs().amax(1) <= self._tolerances.gtol
+
+    def _verdict(self, step: Tensor, predicted: Tensor, is_definite: Tensor) -> Tensor:
+        """What the points are that a step would not change."""
+        at, tolerances = self._at, self._tolerances
+        size = at.value.abs()
+        is_near = (step.abs() <= tolerances.xtol * at.x.abs()).all(1) | (predicted <= tolerances.ftol * size)
+        is_near |= at.gradient.abs().amax(1) <= self._eps * size.clamp(min=1.0)
+        done = self._is_small() & is_near & (at.damping <= LOOSE) & is_definite
+        return torch.where(done, CODES["converged"], 0)
+
+    def _move(
+        self, rho: Tensor, may: Tensor, x: Tensor, value: Tensor, gradient: Tensor, hessian: Tensor
+    ) -> None:
+        """Take what is accepted, with the control that follows."""
+        at, taken = self._at, (rho > ACCEPTANCE) & may
+        damping, growth = control.nielsen_damping(at.damping, at.growth, rho)
+        row = taken.unsqueeze(1)
+        H = torch.where(row.unsqueeze(2), hessian, at.hessian)
+        self._at = At(
+            torch.where(row, x, at.x),
+            torch.where(taken, value, at.value),
+            torch.where(row, gradient, at.gradient),
+            H,
+            damping.clamp(min=LEAST_DAMPING),
+            growth,
+            torch.where(row, _units(H, at.units), at.units),
+            at.floor,
+        )
+
+    def _settle(self, status: Tensor) -> None:
+        """Write where everyone is, and who is done there."""
+        at = self._at
+        is_finite = at.value.isfinite() & at.gradient.sum(1).isfinite() & at.hessian.sum((1, 2)).isfinite()
+        status = torch.where(is_finite, status, CODES["non_finite"]).to(torch.int8)
+        self._ledger.write(at.x, at.value, at.gradient, status, status > 0)
+
+    def _leave(self, saddles: Tensor) -> None:
+        """Leave stationary points that are no minima, along their lowest eigenvectors."""
+        index = saddles.nonzero()[:, 0]
+        if not len(index):
+            return
+        at = self._at
+        units = at.units[index]
+        scaled = at.hessian[index] / units.unsqueeze(1) / units.unsqueeze(2)
+        values, vectors = torch.linalg.eigh(scaled)
+        lowest = vectors[:, :, 0] / units
+        size = values.abs().amax(1)
+        is_flat = (values[:, 0] >= -(self._eps**0.5) * size) & (
+            values[:, 0] <= self._eps * len(units.T) * size
+        )
+        is_minimum = values[:, 0] > self._eps * len(units.T) * size
+        status = torch.zeros_like(at.value, dtype=torch.int8)
+        status[index] = torch.where(is_flat, CODES["flat"], 0).to(torch.int8)
+        self._settle(status)
+        # A way that is downhill by its curvature: as far as the variables are from zero, or one unit.
+        size = at.x[index].norm(dim=1).clamp(min=1.0) / lowest.norm(dim=1)
+        up = torch.where((lowest * at.gradient[index]).sum(1) > 0, -1.0, 1.0)
+        x = at.x.clone()
+        for _ in range(TRIES):
+            x[index] = at.x[index] + (up * size).unsqueeze(1) * lowest
+            value, gradient, H = derivatives(self._batch, x)
+            self._count += 1
+            is_lower = value[index] < at.value[index]
+            size = torch.where(is_lower, size, 0.1 * size)
+            if bool(is_lower.all()):
+                break
+        ones = torch.zeros_like(saddles)
+        ones[index] = is_lower & ~is_flat & ~is_minimum
+        rho = torch.where(ones, 1.0, -math.inf)
+        damping = at.damping.clone()
+        # What is definite shows it without damping.
+        damping[index] = torch.where(is_minimum, LEAST_DAMPING, damping[index])
+        self._move(rho, ones, x, value, gradient, H)
+        self._at = self._at._replace(damping=torch.where(ones, FIRST_DAMPING, damping))
+
+
+# Lengths along a way out of a saddle, each a tenth of the last.
+TRIES = 8
+
+
+def _units(H: Tensor, before: Tensor | None) -> Tensor:
+    """Units in which the curvature along each variable is one, shape (L, n)."""
+    root = H.diagonal(dim1=1, dim2=2).abs().sqrt()
+    if before is None:
+        largest = root.amax(1, keepdim=True)
+        missing = torch.where(largest > 0, largest, 1.0)
+    else:
+        missing = before
+    root = torch.where((root > 0) & root.isfinite(), root, missing)
+    return root if before is None else torch.maximum(root, DECAY * before)
