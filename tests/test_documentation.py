@@ -116,6 +116,17 @@ def test_curve_fitting_example(tmp_path, capsys):
     assert "certified" in capsys.readouterr().out
 
 
+def test_ten_thousand_fits_example(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "ten_thousand_fits.py"))["main"]
+    threads = torch.get_num_threads()
+    true, result = main(["--size", "24", "--plot", str(tmp_path / "maps.png")])
+    torch.set_num_threads(threads)
+    assert (tmp_path / "maps.png").stat().st_size > 10_000
+    assert bool(result.success.all())
+    assert float((result.x[:, 1] - true.t2).abs().median()) < 2.0
+    assert "microseconds a fit" in capsys.readouterr().out
+
+
 def test_digits_example_refuses_an_unknown_optimizer():
     command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--optimizer", "sgd"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
