@@ -173,7 +173,8 @@ class _Data(NamedTuple):
             y = y.double()
         if y.numel() == 0:
             raise ValueError("ydata must not be empty.")
-        if isinstance(xdata, tuple | list | np.ndarray | int | float):
+        is_numbers = isinstance(xdata, tuple | list | int | float) or hasattr(xdata, "__array__")
+        if is_numbers and not isinstance(xdata, Tensor):
             xdata = _tensor(xdata, "xdata").to(y)
         if sigma is None:
             return cls(xdata, y, None)
