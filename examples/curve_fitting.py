@@ -24,7 +24,7 @@ import secondorder.functional
 
 CONFIDENCE = 0.95
 # Of the spoiled measurement, in the units of Rat43, and where a residual begins to be an outlier.
-OUTLIER, ORDINARY = 450.0, 30.0
+OUTLIER, ORDINARY = 400.0, 30.0
 
 
 class Dataset(NamedTuple):
@@ -123,7 +123,7 @@ def draw_fit(axis, data, y, found):
         color="C0",
         alpha=0.25,
         linewidth=0,
-        label="95 percent band of the curve",
+        label="95 percent band",
     )
     axis.plot(found.x, found.curve, color="C0", label="fit")
     axis.plot(data.x, y, "o", color="black", markersize=3.5, label="data")
@@ -135,7 +135,7 @@ def plot(fits, spoiled, path):
     axes = figure.subplots(1, 3)
     for axis, (data, y, found) in zip(axes, fits, strict=False):
         draw_fit(axis, data, y, found)
-        axis.legend(loc="upper left", fontsize="small")
+        axis.legend(loc="lower right", fontsize="small")
     (data, y, clean), (bad, plain, robust) = fits[1], spoiled
     axis = axes[2]
     axis.plot(clean.x, clean.curve, color="0.6", linewidth=4, label="fit without the outlier")
@@ -166,7 +166,7 @@ def main(arguments=None):
         print_table(data, found, time.perf_counter() - begin)
         fits.append((data, y, found))
     spoiled = fits[1][1].clone()
-    spoiled[10] -= OUTLIER
+    spoiled[12] -= OUTLIER
     plain, robust = fit(RAT43, spoiled), fit(RAT43, spoiled, "soft_l1")
     print("\nRat43 with one measurement spoiled: the upper limit b1 of the growth")
     for name, found in (("least squares", plain), ("soft_l1", robust), ("not spoiled", fits[1][2])):

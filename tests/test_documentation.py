@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nist
 import pytest
 import torch
 
@@ -94,6 +95,36 @@ def test_digits_example(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "best learning rate of Adam:" in output
     assert "hessian-free" in output
+
+
+def test_curve_fitting_example(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "curve_fitting.py"))["main"]
+    fits = main(["--plot", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    for data, _, found in fits:
+        certified = nist.dataset(data.name)
+        # The numbers in the example are those of the files.
+        assert (data.x, data.y) == (certified.x.tolist(), certified.y.tolist())
+        assert (data.certified, data.deviations) == (
+            certified.certified.tolist(),
+            certified.deviations.tolist(),
+        )
+        assert data.start == certified.starts[0].tolist()
+        torch.testing.assert_close(found.popt, certified.certified, rtol=1e-6, atol=0)
+        errors = found.pcov.diagonal().sqrt()
+        torch.testing.assert_close(errors, certified.deviations, rtol=1e-4, atol=0)
+    assert "certified" in capsys.readouterr().out
+
+
+def test_ten_thousand_fits_example(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "ten_thousand_fits.py"))["main"]
+    threads = torch.get_num_threads()
+    true, result = main(["--size", "24", "--plot", str(tmp_path / "maps.png")])
+    torch.set_num_threads(threads)
+    assert (tmp_path / "maps.png").stat().st_size > 10_000
+    assert bool(result.success.all())
+    assert float((result.x[:, 1] - true.t2).abs().median()) < 2.0
+    assert "microseconds a fit" in capsys.readouterr().out
 
 
 def test_digits_example_refuses_an_unknown_optimizer():

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from optim.functions.bounds import Box
 from optim.functions.least_squares import LeastSquaresResult, inverse_normal, least_squares
+from optim.functions.robust import Robust
 from optim.functions.run import Callback
 from optim.functions.variables import DTYPES, Variables
 from optim.methods.options import check_choice, refuse_arguments
+from secondorder.functional import jacobian
 
 # Of (xdata, *parameters): what ydata is compared with.
 Model = Callable[..., Tensor]
@@ -25,6 +27,9 @@ Model = Callable[..., Tensor]
 NAN_POLICIES = ("raise", "omit")
 # Without success, but with nothing better to be had: parameters that the data do not determine.
 UNDETERMINED = "singular"
+
+# What torch says where a function of NumPy's is called with a parameter.
+NUMPYS = "Can't call numpy() on Tensor that requires grad"
 
 INSTEAD = {
     "maxfev": "Give max_nfev.",
@@ -51,6 +56,9 @@ def curve_fit(
     loss: Any = "linear",
     f_scale: float = 1.0,
     x_scale: Any = "jac",
+    ftol: float | None = None,
+    xtol: float | None = None,
+    gtol: float | None = None,
     max_iter: int | None = None,
     max_nfev: int | None = None,
     callback: Callback | None = None,
@@ -81,6 +89,9 @@ def curve_fit(
         loss: As of ``least_squares``: a robust one for data with outliers.
         f_scale: Where outliers begin, in units of ``sigma``, or of ``ydata`` without one.
         x_scale: As of ``least_squares``.
+        ftol: As of ``least_squares``.
+        xtol: As of ``least_squares``.
+        gtol: As of ``least_squares``.
         max_iter: Steps allowed, taken or rejected; None for the default of ``least_squares``.
         max_nfev: Evaluations of ``f`` allowed; None for any number.
         callback: Called with the present result after each accepted step.
@@ -126,6 +137,9 @@ def curve_fit(
         f_scale=f_scale,
         bounds=sides,
         x_scale=x_scale,
+        ftol=ftol,
+        xtol=xtol,
+        gtol=gtol,
         jac=None if jac is None else fit.jacobian,
         max_iter=max_iter,
         max_nfev=max_nfev,
@@ -136,7 +150,12 @@ def curve_fit(
             f"the fit did not converge ({result.status}): {result.message}. With full_output=True the point"
             " where it stopped is returned."
         )
-    pcov = _covariance(result, absolute_sigma)
+    J = result.jac
+    if loss != "linear":
+        # The Hessian that SciPy takes, in which an outlier of negative curvature has no part.
+        curvatures = Robust.of(loss, f_scale).curvatures(result.fun).clamp(min=torch.finfo(J.dtype).eps)
+        J = curvatures.sqrt()[:, None] * fit.jacobian(result.x, data.x, data.y)
+    pcov = _covariance(J, result.cost, absolute_sigma)
     return (result.x, pcov, result) if full_output else (result.x, pcov)
 
 
@@ -154,7 +173,8 @@ class _Data(NamedTuple):
             y = y.double()
         if y.numel() == 0:
             raise ValueError("ydata must not be empty.")
-        if isinstance(xdata, tuple | list | np.ndarray | int | float):
+        is_numbers = isinstance(xdata, tuple | list | int | float) or hasattr(xdata, "__array__")
+        if is_numbers and not isinstance(xdata, Tensor):
             xdata = _tensor(xdata, "xdata").to(y)
         if sigma is None:
             return cls(xdata, y, None)
@@ -229,7 +249,12 @@ class _Fit:
 
     def residual(self, p: Tensor, x: Any, y: Tensor) -> Tensor:
         """Model minus data in units of sigma, shape (m,)."""
-        values = self._f(x, *p.unbind())
+        try:
+            values = self._f(x, *p.unbind())
+        except RuntimeError as error:
+            if NUMPYS not in str(error):
+                raise
+            raise TypeError("f must be made of torch's functions: torch.exp for numpy.exp, etc.") from error
         if not isinstance(values, Tensor):
             raise TypeError(
                 f"f must return a tensor, got {type(values).__name__}; write it with torch's functions."
@@ -243,7 +268,9 @@ class _Fit:
 
     def jacobian(self, p: Tensor, x: Any, y: Tensor) -> Tensor:
         """Of the residuals, shape (m, n)."""
-        assert self._jac is not None
+        if self._jac is None:
+            J: Tensor = jacobian(lambda q: self.residual(q, x, y), p)
+            return J
         J = torch.as_tensor(self._jac(x, *p.unbind())).to(p)
         if J.shape != (y.numel(), p.numel()):
             raise ValueError(
@@ -305,9 +332,8 @@ def _parameters(f: Model) -> int:
     return n
 
 
-def _covariance(result: LeastSquaresResult, absolute_sigma: bool) -> Tensor:
+def _covariance(J: Tensor, cost: float, absolute_sigma: bool) -> Tensor:
     """As SciPy's, of all parameters, those at a bound too; infinite where the data leave some open."""
-    J = result.jac
     m, n = J.shape
     rank = _rank(J)
     if rank < n or not (absolute_sigma or m > n):
@@ -319,7 +345,7 @@ def _covariance(result: LeastSquaresResult, absolute_sigma: bool) -> Tensor:
         )
         return J.new_full((n, n), math.inf)
     pcov = inverse_normal(J)
-    return pcov if absolute_sigma else pcov * (2 * result.cost / (m - n))
+    return pcov if absolute_sigma else pcov * (2 * cost / (m - n))
 
 
 def _rank(J: Tensor) -> int:

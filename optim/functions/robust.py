@@ -102,6 +102,14 @@ class Robust:
         """``rho'``, the weight of each residual, shape (m,)."""
         return torch.ones_like(r) if self._rho is None else self._rho(self._squares(r))[1]
 
+    def curvatures(self, r: Tensor) -> Tensor:
+        """Second derivative of each half loss by its residual, shape (m,); negative for some outliers."""
+        if self._rho is None:
+            return torch.ones_like(r)
+        z = self._squares(r)
+        _, slope, bend = self._rho(z)
+        return slope + 2 * bend * z
+
     def corrected(self, r: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
         """Residuals and Jacobian whose squares have the loss's gradient and, where there is enough, its bend.
 

@@ -30,7 +30,7 @@ AT_ROOT = 100.0
 UNFINISHED = ("max_iter", "max_nfev", "stopped", "non_finite", "unbounded")
 
 MESSAGES = {
-    "converged": "fun is zero to rounding, or to atol",
+    "converged": "fun is zero to its rounding or to atol, or Newton's step from x is within 1e-8 of x",
     "local_minimum": "a minimum of the sum of squares that is no root: the Jacobian is singular there, or as"
     " good as; choose another x0, or use least_squares if a least sum of squares is what you want",
 }
@@ -100,7 +100,6 @@ def root(
     if not callable(fun):
         raise TypeError(f"fun must be a function of x, got {type(fun).__name__}.")
     variables = Variables(x0)
-    watch = _Watch(callback, atol)
     result = least_squares(
         _square(fun, variables.start.numel(), has_aux),
         x0,
@@ -109,12 +108,13 @@ def root(
         x_scale=x_scale,
         max_iter=max_iter,
         max_nfev=max_nfev,
-        callback=watch if callback is not None or atol is not None else None,
+        callback=callback if atol is None else _watch(callback, atol),
         has_aux=has_aux,
         progress=progress,
     )
-    status = "converged" if watch.is_reached else _status(result, variables.pack(result.x, "x"))
-    if status in MESSAGES and status != result.status:
+    is_within = atol is not None and _largest(result) <= atol
+    status = "converged" if is_within else _status(result, variables.pack(result.x, "x"))
+    if status in MESSAGES:
         result = result.changed(status=status, success=status == "converged", message=MESSAGES[status])
     evaluation = Evaluation(fun, variables, args, has_aux)
     if not implicit or not depends(evaluation.args):
@@ -126,18 +126,17 @@ def root(
     return result.changed(x=variables.unpack(found.x), implicit_error=found.error)
 
 
-class _Watch:
-    """A callback that stops at ``atol``, after the user's."""
+def _watch(callback: Callback | None, atol: float) -> Callback:
+    """Stops at ``atol``, after the user's."""
 
-    def __init__(self, callback: Callback | None, atol: float | None) -> None:
-        self._callback, self._atol = callback, atol
-        self.is_reached = False
+    def watch(result: OptimizeResult) -> bool:
+        return bool(callback is not None and callback(result)) or _largest(result) <= atol
 
-    def __call__(self, result: OptimizeResult) -> bool:
-        if self._callback is not None and self._callback(result):
-            return True
-        self.is_reached = self._atol is not None and float(result.fun.abs().max()) <= self._atol
-        return self.is_reached
+    return watch
+
+
+def _largest(result: OptimizeResult) -> float:
+    return float(result.fun.abs().max())
 
 
 def _square(fun: Function, unknowns: int, has_aux: bool) -> Function:
@@ -166,5 +165,6 @@ def _status(result: LeastSquaresResult, x: Tensor) -> str:
         return result.status
     # Nothing lowers the sum of squares. Near a root that rounding hides Newton's step would be short.
     units = J.norm(dim=0)
-    is_far = result.rank < len(x) or (units * torch.linalg.solve(J, r)).norm() > (units * x).norm()
-    return "local_minimum" if is_far else result.status
+    newton = torch.linalg.solve_ex(J, r).result
+    is_short = bool((units * newton).norm() <= (units * x).norm())
+    return result.status if is_short and result.rank == len(x) else "local_minimum"

@@ -1,7 +1,6 @@
 """``root`` beside SciPy's methods, and what it says where there is no root."""
 
 import math
-import warnings
 
 import pytest
 import scipy.optimize
@@ -109,6 +108,17 @@ def test_a_tolerance_ends_earlier():
     assert float(early.fun.abs().max()) <= 1e-2
 
 
+def test_a_start_within_the_tolerance_is_a_root():
+    result = optim.root(lambda x: x**2 - 2, 1.4, atol=0.1, max_nfev=1)
+    assert (result.success, result.status, float(result.x)) == (True, "converged", 1.4)
+
+
+def test_a_number_is_an_unknown():
+    result = optim.root(torch.cos, 1.0)
+    assert result.success
+    assert float(result.x) == pytest.approx(math.pi / 2, rel=1e-15)
+
+
 def test_float32_nests_arguments_and_aux():
     def fun(x, scale, shift):
         return torch.stack([scale * x["a"] - shift, x["b"] ** 2 - 4]), x["a"] + 1
@@ -165,5 +175,5 @@ def test_callbacks_and_limits():
     ],
 )
 def test_bad_input_is_named(error, match, call):
-    with warnings.catch_warnings(), pytest.raises(error, match=match):
+    with pytest.raises(error, match=match):
         call()
