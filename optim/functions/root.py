@@ -74,8 +74,9 @@ def root(
 
     Returns:
         The result of ``least_squares``, with ``fun`` the equations at x. ``success`` says whether ``status``
-        is "converged": the equations hold to their rounding or to ``atol``, or Newton's step from x changes
-        no entry of x by more than a part of 1e-8. "local_minimum" is no success.
+        is "converged": the equations hold to ``atol`` or to rounding, that of the largest of them, so bring
+        them to similar units; or Newton's step from x changes no entry of x by more than a part of 1e-8.
+        "local_minimum" is no success.
 
     Raises:
         TypeError: ``x0`` holds no floating-point numbers; ``fun`` returns no tensor; an argument is unknown.
@@ -148,8 +149,10 @@ def _square(fun: Function, unknowns: int, has_aux: bool) -> Function:
 def _status(result: LeastSquaresResult, x: Tensor) -> str:
     """Of the point where the steps ended, flat, by what can be said of it."""
     r, J = result.fun.detach(), result.jac
-    noise = torch.finfo(r.dtype).eps * (J.abs() @ x.abs() + r.abs())
-    if bool((r.abs() <= AT_ROOT * noise).all()):
+    numbers = torch.finfo(r.dtype)
+    noise = numbers.eps * (J.abs() @ x.abs() + r.abs())
+    # Where squares leave the range of numbers nothing smaller is told from zero.
+    if float(r.norm()) <= AT_ROOT * float(noise.norm()) or result.cost <= numbers.tiny:
         return "converged"
     if result.success or result.status in UNFINISHED:
         return result.status

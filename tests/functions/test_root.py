@@ -83,6 +83,23 @@ def test_a_double_root_is_a_root():
     assert float(result.x) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_singular_root_is_a_root(seed):
+    """Powell's function has one at zero, with a Jacobian of rank 2: no unit of x says what is small there."""
+    powell = next(one for one in zoo.PROBLEMS if one.name == "powell_singular")
+    x0 = powell.x0() + (zoo.vector(4, seed) * (1 + powell.x0().abs()) if seed else 0)
+    result = optim.root(powell.residual, x0)
+    assert result.success, result
+    assert float(result.x.abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize(("fun", "x0"), [(torch.atan, 5.0), (torch.sinh, 3.0), (lambda x: x**3, 1.0)])
+def test_zero_is_a_root(fun, x0):
+    result = optim.root(fun, torch.tensor([x0], dtype=torch.float64))
+    assert result.success, result
+    assert float(result.x.abs()) < 1e-50
+
+
 @given(st.integers(1, 12), st.integers(0, 10**6))
 def test_linear_equations_are_solved(n, seed):
     A, b = zoo.spd_matrix(n, 1e4, seed), zoo.vector(n, seed + 1)
