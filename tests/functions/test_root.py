@@ -93,6 +93,23 @@ def test_a_singular_root_is_a_root(seed):
     assert float(result.x.abs().max()) < 1e-10
 
 
+def test_a_root_that_nothing_tells_from_none_needs_a_tolerance():
+    """Powell's (1970) example, on which Newton's method fails: a double root at zero."""
+
+    def fun(x):
+        return torch.stack([x[0], 10 * x[0] / (x[0] + 0.1) + 2 * x[1] ** 2])
+
+    x0 = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    result = optim.root(fun, x0)
+    assert (result.success, result.status) == (False, "singular"), result
+    assert "give atol" in result.message
+    result = optim.root(fun, x0, atol=1e-12)
+    assert result.success
+    # The first equation bounds x0 by atol, the second then 2 x1^2 by 101 times it.
+    assert float(result.x[0].abs()) <= 1e-12
+    assert 2 * float(result.x[1]) ** 2 <= 1.02e-10
+
+
 @pytest.mark.parametrize(("fun", "x0"), [(torch.atan, 5.0), (torch.sinh, 3.0), (lambda x: x**3, 1.0)])
 def test_zero_is_a_root(fun, x0):
     result = optim.root(fun, torch.tensor([x0], dtype=torch.float64))
