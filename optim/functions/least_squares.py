@@ -13,6 +13,8 @@ from optim.functions.batched.fronts import dtype_of, least_squares_batch, refuse
 from optim.functions.batched.squares import Tolerances as BatchTolerances
 from optim.functions.bounds import Box
 from optim.functions.frame import scale_of
+from optim.functions.implicit import attach, depends, gradient_of
+from optim.functions.multistart import from_starts, shared
 from optim.functions.problem import Evaluation, Function
 from optim.functions.residuals import ResidualProblem, UserJacobian
 from optim.functions.results import OptimizeResult
@@ -20,7 +22,7 @@ from optim.functions.robust import Robust
 from optim.functions.run import Callback, Limits, Run, check_call
 from optim.functions.squares import Squares, Tolerances
 from optim.functions.variables import Variables
-from optim.methods.options import check_count, check_optional, check_positive, refuse_arguments
+from optim.methods.options import check_count, check_optional, check_positive, given, refuse_arguments
 
 # In double precision; in single precision they are near the rounding.
 XTOL, GTOL = 1e-8, 1e-10
@@ -131,6 +133,8 @@ def least_squares(
     progress: bool = False,
     batched: bool = False,
     in_dims: Any = None,
+    implicit: bool = False,
+    multistart: bool = False,
     **unsupported: Any,
 ) -> Any:
     """Minimise half the sum of squares of ``residual(x)``, or of a robust loss of it, near ``x0``.
@@ -174,6 +178,11 @@ def least_squares(
             each.
         in_dims: ``residual`` is that of one problem, and mapped over the rows of ``x0``: for each of ``args``
             its dimension that goes with them, None for one that all share, as of ``torch.vmap``.
+        multistart: ``x0`` holds starts in its first dimension. They are solved as a batch where that can be
+            made of the function; the best one is the result, with ``minima``, a list of the different ones.
+        implicit: ``result.x`` is differentiable, twice, in the tensors of ``args`` that require gradients, by
+            one solve with the Hessian of the cost; ``result.implicit_error`` says to which part of x that is
+            right.
         unsupported: Arguments of SciPy's that have another name here; an error.
 
     Returns:
@@ -199,22 +208,14 @@ def least_squares(
         >>> result.status, result.x.round(6).tolist()
         ('converged', [2.0, 3.0])
     """
+    arguments = given(locals())
     refuse_arguments(least_squares, unsupported, INSTEAD)
     check_call("least_squares", callback)
-    options: dict[str, Any] = {"f_scale": f_scale, "max_iter": max_iter, "max_nfev": max_nfev}
-    options.update(ftol=ftol, xtol=xtol, gtol=gtol)
-    check_positive(options, "f_scale")
-    check_optional(options, "ftol", "xtol", "gtol")
-    check_count(options, *(name for name in ("max_iter", "max_nfev") if options[name] is not None))
-    if batched or in_dims is not None:
-        given = dict(bounds=bounds, weights=weights, jac=jac, callback=callback, has_aux=has_aux)
-        refuse_options(
-            "least_squares", dict(given, max_nfev=max_nfev, loss=None if loss == "linear" else loss)
-        )
-        relative = _tolerances(dtype_of(x0), ftol, xtol, gtol)
-        return least_squares_batch(
-            residual, x0, args, in_dims, BatchTolerances(relative.xtol, relative.gtol), max_iter
-        )
+    check_positive(arguments, "f_scale")
+    check_optional(arguments, "ftol", "xtol", "gtol")
+    check_count(arguments, *(name for name in ("max_iter", "max_nfev") if arguments[name] is not None))
+    if multistart or batched or in_dims is not None:
+        return _of_many(arguments)
     variables = Variables(x0)
     robust, box = Robust.of(loss, f_scale), Box.of(bounds, variables, two_by_two="sides")
     start = variables.start if box is None else box.project(variables.start)
@@ -225,7 +226,46 @@ def least_squares(
     scale = scale_of(x_scale, "jac", variables)
     face = Squares(problem, scale, tolerances, robust.is_linear, report_of(variables))
     run = Run(face, Limits(max_iter or 1000 + 100 * len(start), max_nfev), callback, progress)
-    return run.to_the_end()
+    result = run.to_the_end()
+    if not implicit or not depends(evaluation.args):
+        return result
+    return _attached(result, evaluation, problem)
+
+
+def _attached(result: OptimizeResult, evaluation: Evaluation, problem: ResidualProblem) -> OptimizeResult:
+    """With x in the graph of the arguments: by the exact Hessian of the cost."""
+
+    def cost(x: Tensor, args: tuple[Any, ...]) -> Tensor:
+        r = evaluation.at(x, args)[0].reshape(-1)
+        return problem.robust.value(r if problem.root_weights is None else problem.root_weights * r)
+
+    found = attach(problem.point.x, evaluation.args, gradient_of(cost), free=problem.frame.free)
+    return result.changed(x=evaluation.variables.unpack(found.x), implicit_error=found.error)
+
+
+# Options of one problem that a batch has not.
+ALONE = ("loss", "bounds", "weights", "jac", "callback", "max_nfev", "has_aux")
+
+
+def _of_many(arguments: dict[str, Any]) -> OptimizeResult:
+    """Of a batch, or of several starts, from the arguments of ``least_squares``."""
+    residual, x0, args = (arguments.pop(name) for name in ("residual", "x0", "args"))
+    tolerances = {name: arguments[name] for name in ("ftol", "xtol", "gtol")}
+    alone = {name: arguments[name] for name in ALONE}
+    alone["loss"] = None if alone["loss"] == "linear" else alone["loss"]
+    if arguments.pop("multistart"):
+        can_be_batched = all(value is None or value is False for value in alone.values())
+        alike = dict(in_dims=shared(args), **tolerances)
+        return from_starts(
+            x0,
+            (lambda x: least_squares(residual, x, args, **alike)) if can_be_batched else None,
+            lambda x: least_squares(residual, x, args, **arguments),
+        )
+    refuse_options("least_squares", alone)
+    found = _tolerances(dtype_of(x0), **tolerances)
+    in_dims, max_iter, implicit = (arguments[name] for name in ("in_dims", "max_iter", "implicit"))
+    relative = BatchTolerances(found.xtol, found.gtol)
+    return least_squares_batch(residual, x0, args, in_dims, relative, max_iter, implicit)
 
 
 def _tolerances(dtype: torch.dtype, ftol: float | None, xtol: float | None, gtol: float | None) -> Tolerances:

@@ -13,6 +13,8 @@ from optim.functions.batched.fronts import dtype_of, minimize_batch, refuse_opti
 from optim.functions.batched.newton import Tolerances as BatchTolerances
 from optim.functions.bounds import Box
 from optim.functions.frame import scale_of
+from optim.functions.implicit import attach, depends, gradient_of
+from optim.functions.multistart import from_starts, shared
 from optim.functions.newton import Dense, Newton, Products, Report, Tolerances
 from optim.functions.problem import Derivatives, Evaluation, Function, FunctionProblem
 from optim.functions.results import OptimizeResult
@@ -20,7 +22,7 @@ from optim.functions.run import Callback, Limits, Run, check_call
 from optim.functions.saddle import LANCZOS_STEPS
 from optim.functions.variables import Variables
 from optim.methods import control
-from optim.methods.options import check_choice, check_count, check_optional, refuse_arguments
+from optim.methods.options import check_choice, check_count, check_optional, given, refuse_arguments
 from optim.methods.subspace import CUBIC, Bound, bounded
 from optim.methods.truncated import in_radius, on_boundary
 
@@ -92,6 +94,8 @@ def minimize(
     progress: bool = False,
     batched: bool = False,
     in_dims: Any = None,
+    implicit: bool = False,
+    multistart: bool = False,
     **unsupported: Any,
 ) -> OptimizeResult:
     """Find a local minimiser of ``fun`` near ``x0``.
@@ -134,6 +138,10 @@ def minimize(
             entry, for each.
         in_dims: ``fun`` is that of one problem, and mapped over the rows of ``x0``: for each of ``args`` its
             dimension that goes with them, None for one that all share, as of ``torch.vmap``.
+        multistart: ``x0`` holds starts in its first dimension. They are solved as a batch where that can be
+            made of the function; the best one is the result, with ``minima``, a list of the different ones.
+        implicit: ``result.x`` is differentiable, twice, in the tensors of ``args`` that require gradients, by
+            one solve with the Hessian; ``result.implicit_error`` says to which part of x that is right.
         unsupported: Arguments of other minimisers; an error.
 
     Returns:
@@ -160,24 +168,12 @@ def minimize(
         >>> result.status, result.x.round(decimals=8)
         ('converged', tensor([1., 1.], dtype=torch.float64))
     """
+    arguments = given(locals())
     refuse_arguments(minimize, unsupported, INSTEAD)
     check_call("minimize", callback)
-    _check(
-        dict(
-            method=method,
-            gtol=gtol,
-            xtol=xtol,
-            ftol=ftol,
-            radius=radius,
-            max_iter=max_iter,
-            max_nfev=max_nfev,
-        )
-    )
-    if batched or in_dims is not None:
-        given = dict(jac=jac, hess=hess, hessp=hessp, bounds=bounds, radius=radius, callback=callback)
-        refuse_options("minimize", dict(given, max_nfev=max_nfev, has_aux=has_aux))
-        tolerances = _tolerances(dtype_of(x0), gtol, xtol, ftol)
-        return minimize_batch(fun, x0, args, in_dims, BatchTolerances(*tolerances), max_iter)
+    _check(arguments)
+    if multistart or batched or in_dims is not None:
+        return _of_many(arguments)
     variables = Variables(x0)
     box = Box.of(bounds, variables)
     start = variables.start if box is None else box.project(variables.start)
@@ -190,7 +186,43 @@ def minimize(
     scale = scale_of(x_scale, "auto", variables)
     face = _face(method, problem, tolerances, _report(variables, method, has_aux), scale)
     run = Run(face, Limits(max_iter or 5000 + 10 * len(start), max_nfev), callback, progress)
-    return run.to_the_end(1.0 if method == "cubic" and radius is None else radius)
+    result = run.to_the_end(1.0 if method == "cubic" and radius is None else radius)
+    if not implicit or not depends(evaluation.args):
+        return result
+    return _attached(result, evaluation, problem)
+
+
+def _attached(result: OptimizeResult, evaluation: Evaluation, problem: FunctionProblem) -> OptimizeResult:
+    """With x in the graph of the arguments."""
+
+    def value(x: Tensor, args: tuple[Any, ...]) -> Tensor:
+        return evaluation.at(x, args)[0]
+
+    found = attach(problem.point.x, evaluation.args, gradient_of(value), free=problem.frame.free)
+    return result.changed(x=evaluation.variables.unpack(found.x), implicit_error=found.error)
+
+
+# Options of one problem that a batch has not.
+ALONE = ("jac", "hess", "hessp", "bounds", "radius", "callback", "max_nfev", "has_aux")
+
+
+def _of_many(arguments: dict[str, Any]) -> OptimizeResult:
+    """Of a batch, or of several starts, from the arguments of ``minimize``."""
+    fun, x0, args = (arguments.pop(name) for name in ("fun", "x0", "args"))
+    tolerances = {name: arguments[name] for name in ("gtol", "xtol", "ftol")}
+    if arguments.pop("multistart"):
+        can_be_batched = all(arguments[name] is None or arguments[name] is False for name in ALONE)
+        return from_starts(
+            x0,
+            (lambda x: minimize(fun, x, args, in_dims=shared(args), **tolerances))
+            if can_be_batched
+            else None,
+            lambda x: minimize(fun, x, args, **arguments),
+        )
+    refuse_options("minimize", {name: arguments[name] for name in ALONE})
+    found = BatchTolerances(*_tolerances(dtype_of(x0), **tolerances))
+    in_dims, max_iter, implicit = (arguments[name] for name in ("in_dims", "max_iter", "implicit"))
+    return minimize_batch(fun, x0, args, in_dims, found, max_iter, implicit)
 
 
 def _tolerances(dtype: torch.dtype, gtol: float | None, xtol: float | None, ftol: float | None) -> Tolerances:
@@ -224,10 +256,10 @@ def _face(
 def _derivatives(jac: Any, hess: Any, hessp: Any, evaluation: Evaluation) -> Derivatives:
     """Those of flat vectors, from those of the user."""
     variables, args = evaluation.variables, evaluation.args
-    for name, given in (("jac", jac), ("hess", hess), ("hessp", hessp)):
-        if given is not None and not callable(given) and not (name == "jac" and given is True):
+    for name, derivative in (("jac", jac), ("hess", hess), ("hessp", hessp)):
+        if derivative is not None and not callable(derivative) and not (name == "jac" and derivative is True):
             raise TypeError(
-                f"{name} must be a function of x, or None, got {given!r}; derivatives come from torch."
+                f"{name} must be a function of x, or None, got {derivative!r}; derivatives come from torch."
             )
 
     def gradient(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optim.functions.bounds import Box
+from optim.functions.derivatives import Slopes
 from optim.functions.frame import Frame
 from optim.functions.variables import Variables
 from optim.methods import control
@@ -23,8 +24,6 @@ Function = Callable[..., Any]
 
 # A refused step may be rounding of the value, where decrease and prediction are below this part of it.
 DOUBT = 1e-6
-# Columns of a Hessian up to which one batched pass is faster than a pass for each.
-SMALL = 128
 
 
 class Derivatives(NamedTuple):
@@ -74,7 +73,11 @@ class Evaluation:
     def __call__(self, x: Tensor) -> tuple[Tensor, Any]:
         """The value in the graph of ``x``, and what came with it."""
         self.count += 1
-        value, aux = self._fun(self.variables.unpack(x), *self.args), None
+        return self.at(x, self.args)
+
+    def at(self, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Any]:
+        """The same with other arguments, not counted."""
+        value, aux = self._fun(self.variables.unpack(x), *args), None
         if self._has_aux:
             if not (isinstance(value, tuple) and len(value) == 2):
                 raise TypeError(f"fun must return (value, aux) with has_aux, got {type(value).__name__}.")
@@ -110,15 +113,17 @@ class Point:
     @functools.cached_property
     def gradient(self) -> Tensor:
         """Of the value, flat, shape (n,)."""
-        if callable(self._given.jac):
-            return self._given.jac(self.x)
-        return self.hessian.gradient
+        return self._given.jac(self.x) if callable(self._given.jac) else self._slopes.gradient
+
+    def dense(self) -> Tensor:
+        """The Hessian as a matrix, shape (n, n)."""
+        if self._given.hess is not None or self._given.hessp is not None:
+            return self.curvature.dense()
+        return self._slopes.hessian()
 
     @functools.cached_property
-    def hessian(self) -> Hessian:
-        """With the gradient, in the kept graph."""
-        is_small = len(self.x) <= SMALL
-        return Hessian(self._loss, [self._variable], batched=True if is_small else None)
+    def _slopes(self) -> Slopes:
+        return Slopes(self._loss, self._variable)
 
     @functools.cached_property
     def curvature(self) -> LinearOperator:
@@ -128,7 +133,7 @@ class Point:
         if self._given.hessp is not None:
             product = self._given.hessp
             return FunctionOperator(lambda v: product(self.x, v), self.x)
-        return self.hessian
+        return Hessian(self._loss, [self._variable])
 
 
 class Counts(NamedTuple):
@@ -220,7 +225,6 @@ class FunctionProblem:
         return point.gradient
 
     def hessian_at(self, point: Point) -> Tensor:
-        """The matrix, shape (n, n), symmetric."""
+        """The matrix, shape (n, n), symmetric to rounding."""
         self.nhev += 1
-        H = point.curvature.dense()
-        return (H + H.T) / 2
+        return point.dense()

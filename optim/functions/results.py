@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Record(NamedTuple):
     grad_norm: float
     step_norm: float
     size: float
+
+
+Result = TypeVar("Result", bound="OptimizeResult")
 
 
 class OptimizeResult(Mapping[str, Any]):
@@ -90,6 +93,10 @@ class OptimizeResult(Mapping[str, Any]):
         return self is other
 
     __hash__ = object.__hash__
+
+    def changed(self: Result, **fields: Any) -> Result:
+        """The same with other fields."""
+        return type(self)(**{**self._fields, **fields})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (type(self), self._fields)

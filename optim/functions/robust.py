@@ -81,11 +81,15 @@ class Robust:
             raise ValueError(f"loss must be a function or one of {names}, got {loss!r}.")
         return cls(LOSSES[loss], scale)
 
+    def value(self, r: Tensor) -> Tensor:
+        """Half the sum of the losses, in the graph of the residuals."""
+        if self._rho is None:
+            return 0.5 * r.dot(r)
+        return 0.5 * self._scale**2 * self._rho(self._squares(r))[0].sum()
+
     def cost(self, r: Tensor) -> float:
         """Half the sum of the losses."""
-        if self._rho is None:
-            return 0.5 * float(r.dot(r))
-        return 0.5 * self._scale**2 * float(self._rho(self._squares(r))[0].sum())
+        return float(self.value(r))
 
     def decrease(self, before: Tensor, after: Tensor) -> float:
         """Of the cost, summed by residuals, so that it is seen below the rounding of the sum."""

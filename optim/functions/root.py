@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.functions.implicit import attach, depends
 from optim.functions.least_squares import LeastSquaresResult, least_squares
-from optim.functions.problem import Function
+from optim.functions.problem import Evaluation, Function
 from optim.functions.results import OptimizeResult
 from optim.functions.run import Callback
 from optim.functions.variables import Variables
@@ -50,6 +51,7 @@ def root(
     callback: Callback | None = None,
     has_aux: bool = False,
     progress: bool = False,
+    implicit: bool = False,
     **unsupported: Any,
 ) -> LeastSquaresResult:
     """Find x with ``fun(x) = 0``, as many equations as unknowns.
@@ -72,6 +74,8 @@ def root(
             or raising StopIteration.
         has_aux: ``fun`` returns ``(values, aux)``; the aux of the solution is ``result.aux``.
         progress: Show a progress bar.
+        implicit: ``result.x`` is differentiable, twice, in the tensors of ``args`` that require gradients, by
+            one solve with the Jacobian; ``result.implicit_error`` says to which part of x that is right.
         unsupported: Arguments of other solvers; an error.
 
     Returns:
@@ -113,10 +117,16 @@ def root(
     )
     is_within = atol is not None and _largest(result) <= atol
     status = "converged" if is_within else _status(result, variables.pack(result.x, "x"))
-    if status not in MESSAGES:
+    if status in MESSAGES:
+        result = result.changed(status=status, success=status == "converged", message=MESSAGES[status])
+    evaluation = Evaluation(fun, variables, args, has_aux)
+    if not implicit or not depends(evaluation.args):
         return result
-    changes = {"status": status, "success": status == "converged", "message": MESSAGES[status]}
-    return type(result)(**{**result, **changes})
+    x = variables.pack(result.x, "x")
+    found = attach(
+        x, evaluation.args, lambda x, args: evaluation.at(x, args)[0].reshape(-1), is_symmetric=False
+    )
+    return result.changed(x=variables.unpack(found.x), implicit_error=found.error)
 
 
 def _watch(callback: Callback | None, atol: float) -> Callback:

@@ -8,7 +8,7 @@ import torch
 
 from optim.methods.problem import QuadraticModel
 from optim.methods.subspace import Bound, Diagonal, Solution, least_damping
-from secondorder.solvers.direct import spectrum
+from secondorder.solvers.direct import Spectrum
 
 
 class Formed:
@@ -33,10 +33,12 @@ class Formed:
         if not bool(matrix.isfinite().all()):
             self.size = 0
             return
-        self._spectrum = spectrum((matrix + matrix.T) / 2, self._b)
+        matrix = (matrix + matrix.T) / 2
+        values, vectors = torch.linalg.eigh(matrix)
+        self._spectrum = Spectrum(values, vectors, matrix)
         # The small algebra is on the host, in double precision.
-        self.values = self._spectrum.values.double().cpu()
-        self._target = (self._spectrum.vectors.T @ self._b).double().cpu()
+        self.values = values.double().cpu()
+        self._target = (vectors.T @ self._b).double().cpu()
 
     def solve(self, size: float) -> Solution:
         """Minimise with damping ``size``, or within that radius."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from optim.functions.batched import newton, squares
 from optim.functions.batched.evaluation import Batch, batch_of
 from optim.functions.batched.state import CODES, STATUSES, Solved
+from optim.functions.implicit import attach, depends, gradient_of
 from optim.functions.results import OptimizeResult
 from optim.functions.run import check_call
 from optim.functions.variables import DTYPES
@@ -37,11 +38,13 @@ def minimize_batch(
     in_dims: Any,
     tolerances: newton.Tolerances,
     max_iter: int | None,
+    implicit: bool = False,
 ) -> OptimizeResult:
     """``minimize`` of each problem of a batch."""
     batch, start, restored = _prepared("minimize", fun, x0, args, in_dims)
     solved = newton.solve(batch, start, tolerances, max_iter or MAX_ITER)
-    return _result(solved, restored, fun=solved.value, jac=restored(solved.gradient))
+    result = _result(solved, restored, fun=solved.value, jac=restored(solved.gradient))
+    return _attached(result, batch, solved.x, lambda value: value) if implicit else result
 
 
 def least_squares_batch(
@@ -51,13 +54,30 @@ def least_squares_batch(
     in_dims: Any,
     tolerances: squares.Tolerances,
     max_iter: int | None,
+    implicit: bool = False,
 ) -> OptimizeResult:
     """``least_squares`` of each problem of a batch."""
     batch, start, restored = _prepared("least_squares", residual, x0, args, in_dims)
     solved = squares.solve(batch, start, tolerances, max_iter or MAX_ITER, accelerates=True)
     with torch.no_grad():
         residuals = batch(solved.x)
-    return _result(solved, restored, cost=solved.value, fun=residuals, grad=restored(solved.gradient))
+    gradient = restored(solved.gradient)
+    result = _result(solved, restored, cost=solved.value, fun=residuals, grad=gradient)
+    return _attached(result, batch, solved.x, lambda r: 0.5 * r.square()) if implicit else result
+
+
+def _attached(
+    result: OptimizeResult, batch: Batch, x: Tensor, objective: Callable[[Tensor], Tensor]
+) -> OptimizeResult:
+    """With x in the graph of the arguments; each problem by its own Hessian."""
+    if not depends(batch.args):
+        return result
+
+    def value(x: Tensor, args: tuple[Any, ...]) -> Tensor:
+        return objective(batch._replace(args=args)(x))
+
+    found = attach(x, batch.args, gradient_of(value))
+    return result.changed(x=found.x.view(result.x.shape), implicit_error=found.error)
 
 
 def dtype_of(x0: Any) -> torch.dtype:
