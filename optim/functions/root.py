@@ -31,6 +31,8 @@ UNFINISHED = ("max_iter", "max_nfev", "stopped", "non_finite", "unbounded")
 
 MESSAGES = {
     "converged": "fun is zero to its rounding or to atol, or Newton's step from x is within 1e-8 of x",
+    "singular": "fun fell below the precision of fun(x0), but its Jacobian is singular at x, so that nothing"
+    " says what is zero: a multiple root, most likely; give atol, what counts as zero",
     "local_minimum": "a minimum of the sum of squares that is no root: the Jacobian is singular there, or as"
     " good as; choose another x0, or use least_squares if a least sum of squares is what you want",
 }
@@ -78,8 +80,9 @@ def root(
 
     Returns:
         The result of ``least_squares``, with ``fun`` the equations at x. ``success`` says whether ``status``
-        is "converged": the equations hold to their rounding or to ``atol``, or Newton's step from x changes
-        no entry of x by more than a part of 1e-8. "local_minimum" is no success.
+        is "converged": the equations hold to ``atol`` or to rounding, that of the largest of them, so bring
+        them to similar units; or Newton's step from x changes no entry of x by more than a part of 1e-8.
+        Neither "local_minimum" nor "singular", where a root is likely but not certain, is a success.
 
     Raises:
         TypeError: ``x0`` holds no floating-point numbers; ``fun`` returns no tensor; an argument is unknown.
@@ -158,11 +161,15 @@ def _square(fun: Function, unknowns: int, has_aux: bool) -> Function:
 def _status(result: LeastSquaresResult, x: Tensor) -> str:
     """Of the point where the steps ended, flat, by what can be said of it."""
     r, J = result.fun.detach(), result.jac
-    noise = torch.finfo(r.dtype).eps * (J.abs() @ x.abs() + r.abs())
-    if bool((r.abs() <= AT_ROOT * noise).all()):
+    numbers = torch.finfo(r.dtype)
+    noise = numbers.eps * (J.abs() @ x.abs() + r.abs())
+    # Where squares leave the range of numbers nothing smaller is told from zero.
+    if float(r.norm()) <= AT_ROOT * float(noise.norm()) or result.cost <= numbers.tiny:
         return "converged"
     if result.success or result.status in UNFINISHED:
         return result.status
+    if result.cost <= numbers.eps**2 * result.history[0].fun:
+        return "singular"
     # Nothing lowers the sum of squares. Near a root that rounding hides Newton's step would be short.
     units = J.norm(dim=0)
     newton = torch.linalg.solve_ex(J, r).result

@@ -83,6 +83,40 @@ def test_a_double_root_is_a_root():
     assert float(result.x) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_singular_root_is_a_root(seed):
+    """Powell's function has one at zero, with a Jacobian of rank 2: no unit of x says what is small there."""
+    powell = next(one for one in zoo.PROBLEMS if one.name == "powell_singular")
+    x0 = powell.x0() + (zoo.vector(4, seed) * (1 + powell.x0().abs()) if seed else 0)
+    result = optim.root(powell.residual, x0)
+    assert result.success, result
+    assert float(result.x.abs().max()) < 1e-10
+
+
+def test_a_root_that_nothing_tells_from_none_needs_a_tolerance():
+    """Powell's (1970) example, on which Newton's method fails: a double root at zero."""
+
+    def fun(x):
+        return torch.stack([x[0], 10 * x[0] / (x[0] + 0.1) + 2 * x[1] ** 2])
+
+    x0 = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    result = optim.root(fun, x0)
+    assert (result.success, result.status) == (False, "singular"), result
+    assert "give atol" in result.message
+    result = optim.root(fun, x0, atol=1e-12)
+    assert result.success
+    # The first equation bounds x0 by atol, the second then 2 x1^2 by 101 times it.
+    assert float(result.x[0].abs()) <= 1e-12
+    assert 2 * float(result.x[1]) ** 2 <= 1.02e-10
+
+
+@pytest.mark.parametrize(("fun", "x0"), [(torch.atan, 5.0), (torch.sinh, 3.0), (lambda x: x**3, 1.0)])
+def test_zero_is_a_root(fun, x0):
+    result = optim.root(fun, torch.tensor([x0], dtype=torch.float64))
+    assert result.success, result
+    assert float(result.x.abs()) < 1e-50
+
+
 @given(st.integers(1, 12), st.integers(0, 10**6))
 def test_linear_equations_are_solved(n, seed):
     A, b = zoo.spd_matrix(n, 1e4, seed), zoo.vector(n, seed + 1)
