@@ -1,16 +1,46 @@
-"""Gradient and Hessian of a value, of few unknowns: what an operator on a kept graph would cost in set-up."""
+"""Gradient, Hessian and Jacobian of few unknowns, without what an operator takes to be set up."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from secondorder import Hessian
+from secondorder import Hessian, Jacobian
 from secondorder.autodiff.backward import pull_rows
-from secondorder.autodiff.graph import refuse_wrong
+from secondorder.autodiff.graph import refuse_wrong, refuse_wrong_rows
 
 # Unknowns up to which a backward pass for each is faster than one batched pass, and up to which that is.
-FEW, SMALL = 4, 128
+FEW, SMALL = 2, 128
+# Entries of a Jacobian up to which this is.
+LARGE = 2**17
+
+
+def jacobian(outputs: Tensor, x: Tensor) -> Tensor:
+    """Of outputs in their graph, shape (m, n): from ``u -> J^T u``, or by rows where these are few.
+
+    Raises:
+        RuntimeError: the graph holds an operation that torch cannot differentiate once more, or gets wrong.
+    """
+    n, m = len(x), outputs.numel()
+    if m * n > LARGE:
+        # It measures how wide a block of columns pays.
+        return Jacobian(outputs, [x]).dense()
+    if m <= n:
+        return pull_rows([outputs], [x], [_identity(outputs, m).view(m, *outputs.shape)])[0]
+    refuse_wrong_rows((outputs,), (x,))
+    u = torch.zeros_like(outputs, requires_grad=True)
+    try:
+        (g,) = torch.autograd.grad(outputs, x, u, create_graph=True, allow_unused=True)
+        if g is None or not g.requires_grad:
+            return outputs.new_zeros(m, n)
+        return pull_rows([g], [u], [_identity(g, n)])[0].reshape(n, m).T
+    except RuntimeError:
+        # Its error says what to do.
+        return Jacobian(outputs, [x]).dense()
+
+
+def _identity(like: Tensor, n: int) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
 
 
 class Slopes:
@@ -48,7 +78,7 @@ class Slopes:
             return Hessian(self._loss, [x]).dense()
         try:
             if n > FEW:
-                return pull_rows([g], [x], [torch.eye(n, dtype=g.dtype, device=g.device)])[0]
+                return pull_rows([g], [x], [_identity(g, n)])[0]
             rows = [
                 torch.autograd.grad(part, x, retain_graph=True, allow_unused=True)[0] for part in g.unbind()
             ]

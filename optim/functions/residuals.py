@@ -10,19 +10,16 @@ import torch
 from torch import Tensor
 
 from optim.functions.bounds import Box
+from optim.functions.derivatives import jacobian
 from optim.functions.frame import Frame
 from optim.functions.problem import Counts, Evaluation
 from optim.functions.robust import Robust
 from optim.methods import control
 from optim.methods.problem import QuadraticModel, Residuals, Trial, norm
-from secondorder import Jacobian, LinearOperator, MatrixOperator
+from secondorder import LinearOperator, MatrixOperator
 
 # What a user gives for derivatives: x, further arguments -> a matrix (m, n).
 UserJacobian = Callable[..., Any]
-
-
-# Entries of a Jacobian up to which one batched pass is faster than a pass for each column.
-SMALL = 2**17
 
 
 class ResidualPoint:
@@ -119,8 +116,7 @@ class ResidualProblem:
         elif not point.outputs.requires_grad:
             J = point.x.new_zeros(len(point.raw), len(point.x))
         else:
-            is_small = len(point.raw) * len(point.x) <= SMALL
-            J = Jacobian(point.outputs, [point.variable], batched=True if is_small else None).dense()
+            J = jacobian(point.outputs, point.variable).to(point.x)
         return J if self.root_weights is None else self.root_weights.unsqueeze(1) * J
 
     def evaluate(self, step: Tensor) -> Trial:
