@@ -52,7 +52,12 @@ def test_readme_training_block_keeps_its_promise():
     assert float(names["loss"]) < 0.2
     assert names["optimizer"].report.rho > 0
     exec(next(block for block in BLOCKS if "minimize(" in block), names)
-    assert names["result"].x.tolist() == pytest.approx([1.0, 1.0])
+    assert names["result"].x.tolist() == pytest.approx([0.5, 0.25])
+    assert names["result"].active_mask.tolist() == [1, 0]
+    exec(next(block for block in BLOCKS if "curve_fit(" in block), names)
+    assert names["popt"].tolist() == pytest.approx([2.0, 1.3], abs=0.05)
+    exec(next(block for block in BLOCKS if "batched=True" in block), names)
+    assert names["fits"].message == "1000 of 1000 problems converged"
 
 
 @pytest.mark.parametrize("name", MODULES)
