@@ -20,13 +20,14 @@ from optim.functions.problem import Derivatives, Evaluation, Function, FunctionP
 from optim.functions.results import OptimizeResult
 from optim.functions.run import Callback, Limits, Run, check_call
 from optim.functions.saddle import LANCZOS_STEPS
+from optim.functions.sparse import Sparse
 from optim.functions.variables import Variables
 from optim.methods import control
 from optim.methods.options import check_choice, check_count, check_optional, given, refuse_arguments
 from optim.methods.subspace import CUBIC, Bound, bounded
 from optim.methods.truncated import in_radius, on_boundary
 
-METHODS = ("auto", "newton", "trust-exact", "cubic", "newton-cg", "trust-krylov")
+METHODS = ("auto", "newton", "trust-exact", "cubic", "newton-sparse", "newton-cg", "trust-krylov")
 DENSE = ("newton", "trust-exact", "cubic")
 
 # What to do in place of arguments that scipy.optimize.minimize takes.
@@ -69,7 +70,11 @@ CERTIFIED = (
     "no decrease is left that rounding would not hide; the gradient may be above gtol, but the curvature is"
     " positive, and Newton's step changes no variable by more than 1e-6, relative"
 )
-SEEN = {True: "all eigenvalues of the Hessian", False: f"what {LANCZOS_STEPS} Lanczos steps show"}
+SEEN = {
+    **dict.fromkeys(DENSE, "all eigenvalues of the Hessian"),
+    "newton-sparse": "the signs of all pivots of the Hessian",
+    "": f"what {LANCZOS_STEPS} Lanczos steps show",
+}
 
 
 def minimize(
@@ -112,8 +117,10 @@ def minimize(
             array, which ``fun`` sees as a tensor of float64. Not changed; projected into the bounds.
         args: Further arguments of ``fun``, a tuple; anything else is one argument.
         method: "newton" or "trust-exact", within a radius, by eigenvalues; "cubic", with a cubic term in
-            place of the radius; "newton-cg", Steihaug's CG; "trust-krylov", Lanczos steps on along the
-            boundary (GLTR); "auto": "newton" up to 100 unknowns, "newton-cg" beyond.
+            place of the radius; "newton-sparse", by sparse factors on the host, for a Hessian of which most
+            entries are zero: their places are found once, and a few products give all of it; "newton-cg",
+            Steihaug's CG; "trust-krylov", Lanczos steps on along the boundary (GLTR); "auto": "newton" up to
+            100 unknowns, "newton-cg" beyond.
         jac: ``jac(x, *args)``, the gradient as ``x0``; True where ``fun`` returns ``(value, gradient)``; None
             for torch's.
         hess: ``hess(x, *args)``, the Hessian, shape (n, n), in the flat order of x; None for torch's.
@@ -246,6 +253,8 @@ def _face(
 ) -> Newton:
     if method == "cubic":
         return Dense(problem, control.cubic, tolerances, report, CUBIC, scale)
+    if method == "newton-sparse":
+        return Sparse(problem, control.trust_radius, tolerances, report, problem.fun, scale)
     if method in DENSE:
         return Dense(problem, control.trust_radius, tolerances, report, BALL, scale)
     solver = on_boundary if method == "trust-krylov" else in_radius
@@ -296,7 +305,7 @@ def _report(variables: Variables, method: str, is_returned: bool) -> Report:
             status=status,
             success=status == "converged" or is_certified,
             message=(CERTIFIED if is_certified else MESSAGES[status]).format(
-                method=method, seen=SEEN[method in DENSE]
+                method=method, seen=SEEN.get(method, SEEN[""])
             ),
             nit=run.nit,
             **counts._asdict(),

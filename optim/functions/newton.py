@@ -213,7 +213,7 @@ class Dense(Newton):
         problem, point = self.problem, self.problem.point
         gradient, H = problem.gradient_at(point), problem.hessian_at(point)
         if self.follows:
-            self._units = _scale(H, self._units)
+            self._units = scale_by(H.diagonal(), self._units)
         problem.frame = frame = Frame(self._units, free_of(problem))
         framed = frame.gradient(frame.gradient(H).T)
         g = frame.gradient(gradient)
@@ -306,14 +306,14 @@ class Products(Newton):
         return "converged" if is_near(self.problem, newton, self._tolerances) else ""
 
 
-def _scale(H: Tensor, before: Tensor | None) -> Tensor:
+def scale_by(diagonal: Tensor, before: Tensor | None) -> Tensor:
     """Units in which the curvature along each variable is one, shape (n,).
 
     Args:
-        H: The Hessian.
-        before: Of the last step; None in the first.
+        diagonal: Of the Hessian, shape (n,).
+        before: Units of the last step; None in the first.
     """
-    root = H.diagonal().abs().sqrt()
+    root = diagonal.abs().sqrt()
     # A variable without curvature has no unit of its own.
     largest = float(root.max()) if len(root) else 0.0
     missing = root.new_tensor(largest or 1.0) if before is None else before

@@ -153,6 +153,7 @@ class FunctionProblem:
         box: Bounds, of which ``x0`` keeps; None for none.
 
     Attributes:
+        fun: As given.
         point: The present one.
         frame: The variables of models and steps.
         nhev: Hessians or products, which are counted where they are made.
@@ -163,7 +164,7 @@ class FunctionProblem:
     """
 
     def __init__(self, fun: Evaluation, x0: Tensor, box: Box | None = None) -> None:
-        self._fun, self.box, self._eps = fun, box, torch.finfo(x0.dtype).eps
+        self.fun, self.box, self._eps = fun, box, torch.finfo(x0.dtype).eps
         self._njev = self.nhev = 0
         self.frame = Frame()
         self.point = start = Point(fun, x0)
@@ -178,7 +179,7 @@ class FunctionProblem:
 
     def counts(self) -> Counts:
         """So far."""
-        return Counts(self._fun.count, self._njev, self.nhev)
+        return Counts(self.fun.count, self._njev, self.nhev)
 
     def model(self) -> QuadraticModel:
         """From the graph of the present point."""
@@ -190,8 +191,8 @@ class FunctionProblem:
         """After the step. No value where the function is constant: there is nothing to go on from."""
         x = self.point.x + self.frame.displacement(step)
         # Rounding may lead out of the bounds.
-        point = Point(self._fun, x if self.box is None else self.box.project(x))
-        has_slope = point.has_graph or self._fun.derivatives.is_complete
+        point = Point(self.fun, x if self.box is None else self.box.project(x))
+        has_slope = point.has_graph or self.fun.derivatives.is_complete
         is_usable = has_slope and math.isfinite(point.value)
         return Trial(step, point.value if is_usable else math.nan, point=point)
 
