@@ -108,7 +108,7 @@ class Factored:
         return Solution(step, linear, quadratic, float(np.linalg.norm(p)), status, shift)
 
     def _factored(self, shift: float) -> Any:
-        """Factors with pivots on the diagonal, which have the signs of eigenvalues; None for a negative one."""
+        """Factors with pivots on the diagonal, signed as eigenvalues are; None where one is not positive."""
         start = time.perf_counter()
         self.factorisations += 1
         A = (self._matrix + shift * identity(self._matrix.shape[0], format="csc")).tocsc()
