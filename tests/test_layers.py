@@ -142,6 +142,7 @@ ORDER = [
     "optim.functions.batched.newton",
     "optim.functions.batched.fronts",
     "optim.functions.squares",
+    "optim.functions.large_squares",
     "optim.functions.least_squares",
     "optim.functions.saddle",
     "optim.functions.newton",

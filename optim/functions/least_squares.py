@@ -14,6 +14,7 @@ from optim.functions.batched.squares import Tolerances as BatchTolerances
 from optim.functions.bounds import Box
 from optim.functions.frame import scale_of
 from optim.functions.implicit import attach, depends, gradient_of
+from optim.functions.large_squares import LargeSquares
 from optim.functions.multistart import from_starts, shared
 from optim.functions.problem import Evaluation, Function
 from optim.functions.residuals import ResidualProblem, UserJacobian
@@ -22,10 +23,20 @@ from optim.functions.robust import Robust
 from optim.functions.run import Callback, Limits, Run, check_call
 from optim.functions.squares import Squares, Tolerances
 from optim.functions.variables import Variables
-from optim.methods.options import check_count, check_optional, check_positive, given, refuse_arguments
+from optim.methods.options import (
+    check_choice,
+    check_count,
+    check_optional,
+    check_positive,
+    given,
+    refuse_arguments,
+)
 
 # In double precision; in single precision they are near the rounding.
 XTOL, GTOL = 1e-8, 1e-10
+METHODS = ("auto", "direct", "lsmr")
+# Entries of a Jacobian that is formed: half a gigabyte in double precision.
+LARGEST = 2**26
 
 # What to do in place of arguments that scipy.optimize.least_squares takes.
 INSTEAD = {
@@ -35,7 +46,6 @@ INSTEAD = {
     "verbose": "Nothing is printed: print the result, or use a callback or progress=True.",
     "kwargs": "Let residual be lambda x: f(x, **kwargs).",
     "maxiter": "Give max_iter.",
-    "method": "Leave it out: the form follows the shape.",
 }
 
 MESSAGES = {
@@ -122,6 +132,7 @@ def least_squares(
     bounds: Any = None,
     x_scale: Any = "jac",
     weights: Any = None,
+    method: str = "auto",
     jac: UserJacobian | None = None,
     ftol: float | None = None,
     xtol: float | None = None,
@@ -160,6 +171,9 @@ def least_squares(
         x_scale: "jac", Moré's scale; "none", steps are short in the Euclidean norm of x; or the unit of each
             parameter, as ``x0`` or one number.
         weights: Inverse variances of the residuals, shape of ``residual(x0)``: their roots multiply them.
+        method: "direct" forms the Jacobian; "lsmr" multiplies by it, without bounds, acceleration or Moré's
+            scale: for as many unknowns and residuals that there is no room for it; "auto" does so from 2^26
+            entries on.
         jac: ``jac(x, *args)``, shape (m, n) in the flat order of x, in place of torch's derivative.
         ftol: Stop when a step decreased the cost by less than this, relative. None: never, for a small
             decrease is no sign of a minimum.
@@ -211,6 +225,7 @@ def least_squares(
     arguments = given(locals())
     refuse_arguments(least_squares, unsupported, INSTEAD)
     check_call("least_squares", callback)
+    check_choice(arguments, "method", METHODS)
     check_positive(arguments, "f_scale")
     check_optional(arguments, "ftol", "xtol", "gtol")
     check_count(arguments, *(name for name in ("max_iter", "max_nfev") if arguments[name] is not None))
@@ -224,7 +239,14 @@ def least_squares(
     problem = ResidualProblem(evaluation, start, robust, box, _root(weights), user_jacobian)
     tolerances = _tolerances(start.dtype, ftol, xtol, gtol)
     scale = scale_of(x_scale, "jac", variables)
-    face = Squares(problem, scale, tolerances, robust.is_linear, report_of(variables))
+    is_large = method == "lsmr" or (method == "auto" and len(start) * len(problem.point.raw) > LARGEST)
+    face: Squares | LargeSquares
+    if is_large:
+        _check_large(box, jac)
+        fixed = None if isinstance(scale, str) else scale
+        face = LargeSquares(problem, tolerances, fixed, large_report_of(variables))
+    else:
+        face = Squares(problem, scale, tolerances, robust.is_linear, report_of(variables))
     run = Run(face, Limits(max_iter or 1000 + 100 * len(start), max_nfev), callback, progress)
     result = run.to_the_end()
     if not implicit or not depends(evaluation.args):
@@ -278,6 +300,14 @@ def _tolerances(dtype: torch.dtype, ftol: float | None, xtol: float | None, gtol
     )
 
 
+def _check_large(box: Box | None, jac: Any) -> None:
+    for name, value in (("bounds", box), ("jac", jac)):
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None where products take the place of the Jacobian; use method='direct'."
+            )
+
+
 def _root(weights: Any) -> Tensor | None:
     if weights is None:
         return None
@@ -324,6 +354,29 @@ def report_of(variables: Variables) -> Callable[[Squares, str, Run], LeastSquare
             status=status,
             success=status == "converged",
             message=MESSAGES[status].format(rank=rank, free=free),
+            nit=run.nit,
+            **problem.counts()._asdict(),
+            history=tuple(run.history),
+            **({} if point.aux is None else {"aux": point.aux}),
+        )
+
+    return report
+
+
+def large_report_of(variables: Variables) -> Callable[[LargeSquares, str, Run], OptimizeResult]:
+    """The same of a face without a matrix: no rank, no covariance."""
+
+    def report(face: LargeSquares, status: str, run: Run) -> OptimizeResult:
+        problem, point = face.problem, face.problem.point
+        return OptimizeResult(
+            x=variables.restore(point.x),
+            cost=point.value,
+            fun=point.residuals,
+            grad=problem.frame.step(face.model.gradient),
+            optimality=face.measure(),
+            status=status,
+            success=status == "converged",
+            message=MESSAGES[status].format(rank="unknown", free=len(point.x)),
             nit=run.nit,
             **problem.counts()._asdict(),
             history=tuple(run.history),

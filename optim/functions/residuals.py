@@ -16,7 +16,7 @@ from optim.functions.problem import Counts, Evaluation
 from optim.functions.robust import Robust
 from optim.methods import control
 from optim.methods.problem import QuadraticModel, Residuals, Trial, norm
-from secondorder import LinearOperator, MatrixOperator
+from secondorder import FunctionOperator, Jacobian, LinearOperator, MatrixOperator
 
 # What a user gives for derivatives: x, further arguments -> a matrix (m, n).
 UserJacobian = Callable[..., Any]
@@ -69,6 +69,7 @@ class ResidualProblem:
     Attributes:
         point: The present one.
         frame: The variables of models and steps.
+        njev: Jacobians.
         nhev: 0, or the products where the Jacobian is not formed.
 
     Raises:
@@ -88,7 +89,7 @@ class ResidualProblem:
         self.fun, self.robust, self.box, self._jacobian = fun, robust, box, jacobian
         self.root_weights: Tensor | None = None
         self._eps = torch.finfo(x0.dtype).eps
-        self._njev = self.nhev = 0
+        self.njev = self.nhev = 0
         self.frame = Frame()
         self.rounding_of_residuals = 0.0
         start = ResidualPoint(self, x0)
@@ -103,11 +104,11 @@ class ResidualProblem:
 
     def counts(self) -> Counts:
         """So far."""
-        return Counts(self.fun.count, self._njev, self.nhev)
+        return Counts(self.fun.count, self.njev, self.nhev)
 
     def jacobian(self, point: ResidualPoint) -> Tensor:
         """Of the weighted residuals in the user's variables, shape (m, n)."""
-        self._njev += 1
+        self.njev += 1
         if self._jacobian is not None:
             J = torch.as_tensor(self._jacobian(point.x)).to(point.x)
             if J.shape != (len(point.raw), len(point.x)):
@@ -172,6 +173,22 @@ class ResidualProblem:
         x = self.point.x + self.frame.displacement(step)
         # Rounding may lead out of the bounds.
         return x if self.box is None else self.box.project(x)
+
+
+def by_products(problem: ResidualProblem) -> tuple[Tensor, LinearOperator]:
+    """Residuals as the loss corrects them, and their Jacobian by products, in the user's variables."""
+    point = problem.point
+    problem.njev += 1
+    residuals, root = problem.robust.factors(point.residuals)
+    rows = root if problem.root_weights is None else root * problem.root_weights
+    J = Jacobian(point.outputs, [point.variable])
+    by_rows = FunctionOperator(
+        lambda v: rows * (J @ v).to(v),
+        point.x,
+        transpose=lambda u: (J.T @ (rows * u).to(J.dtype)).to(u),
+        rows=len(rows),
+    )
+    return residuals, by_rows
 
 
 class Formed:

@@ -117,12 +117,19 @@ class Robust:
         """
         if self._rho is None:
             return r, J
+        residuals, root = self.factors(r)
+        return residuals, root.unsqueeze(1) * J
+
+    def factors(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Those residuals, and what multiplies the rows of the Jacobian, shape (m,) each."""
+        if self._rho is None:
+            return r, torch.ones_like(r)
         z = self._squares(r)
         _, slope, bend = self._rho(z)
         curvature = slope + 2 * bend * z
         root = torch.where(curvature > CURVED * slope, curvature, slope).sqrt()
         scaled = torch.where(root > 0, slope / torch.where(root > 0, root, 1.0), 0.0)
-        return scaled * r, root.unsqueeze(1) * J
+        return scaled * r, root
 
     def _squares(self, r: Tensor) -> Tensor:
         return (r / self._scale).square()

@@ -352,3 +352,32 @@ def test_residuals_that_change_their_number_are_an_error():
         optim.least_squares(
             lambda x: (x - 3).square().sum().expand(next(counts)), torch.ones(1, dtype=DOUBLE)
         )
+
+
+@pytest.mark.parametrize("loss", ["linear", "cauchy"])
+def test_products_in_place_of_the_jacobian_find_the_same(loss):
+    residual, x0 = single(0, outliers=3)
+    weights = torch.linspace(0.5, 2, 60, dtype=DOUBLE)
+    direct = optim.least_squares(residual, x0, loss=loss, weights=weights)
+    products = optim.least_squares(residual, x0, loss=loss, weights=weights, method="lsmr")
+    assert products.success, products
+    torch.testing.assert_close(products.x, direct.x, rtol=1e-6, atol=0.0)
+    assert products.cost == pytest.approx(direct.cost, rel=1e-10)
+    torch.testing.assert_close(products.grad, direct.grad, rtol=0.0, atol=1e-6)
+    assert products.nhev > 0
+
+
+def test_a_jacobian_without_room_is_multiplied():
+    """Of 8e8 entries; the chain has one zero."""
+    n = 20_000
+
+    def residual(x):
+        return torch.cat([x[1:] - x[:-1] ** 2, 1 - x])
+
+    result = optim.least_squares(residual, torch.full((n,), 0.5, dtype=DOUBLE))
+    assert result.success, result
+    torch.testing.assert_close(result.x, torch.ones(n, dtype=DOUBLE), rtol=1e-7, atol=0.0)
+    with pytest.raises(ValueError, match="bounds must be None where products take the place"):
+        optim.least_squares(residual, torch.ones(3, dtype=DOUBLE), bounds=(0.0, 2.0), method="lsmr")
+    with pytest.raises(ValueError, match="method must be one of 'auto', 'direct', 'lsmr', got 'trf'"):
+        optim.least_squares(residual, torch.ones(3, dtype=DOUBLE), method="trf")
