@@ -64,6 +64,7 @@ ORDER = [
     "secondorder.influence.refit",
     "secondorder.influence.orders",
     "secondorder.influence.trust",
+    "secondorder.influence.leave_one_out",
     "secondorder.influence.influence",
     "secondorder.influence.scores",
     "secondorder",

@@ -11,7 +11,7 @@ in regression.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,9 +57,22 @@ class Moved(NamedTuple):
     indicator: float
 
 
-def removal(base: Base, batches: Sequence[Batch]) -> Edit:
-    """Of these samples, together."""
-    return tuple(Term(batch, -base.share) for batch in join(batches))
+def removals(base: Base, groups: Sequence[Sequence[int]]) -> list[Edit]:
+    """Of each group of training samples, together; in one pass over the data."""
+    picked = base.samples.pick([i for group in groups for i in group])
+    return [tuple(Term(batch, -base.share) for batch in join([picked[i] for i in group])) for group in groups]
+
+
+def relabelling(base: Base, index: int, new_target: Any) -> Edit:
+    """Another target for a training sample."""
+    batch = base.samples.pick([index])[index]
+    old = batch[1]
+    if not isinstance(old, Tensor):
+        raise TypeError(f"relabel needs targets that are one tensor, got {type(old).__name__}.")
+    new = torch.as_tensor(new_target, dtype=old.dtype, device=old.device)
+    if new.shape != old.shape[1:]:
+        raise ValueError(f"new_target must have shape {tuple(old.shape[1:])}, got {tuple(new.shape)}.")
+    return Term((batch[0], new.unsqueeze(0)), base.share), Term(batch, -base.share)
 
 
 def edit_gradient(base: Base, edit: Edit) -> Tensor:

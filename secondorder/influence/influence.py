@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secondorder.data.objective import Objective
 from secondorder.influence.base import Base
-from secondorder.influence.edits import Moved, Term, removal
+from secondorder.influence.edits import Moved, Term, relabelling, removals
 from secondorder.influence.first_order import Tests, first_order, self_influence
+from secondorder.influence.leave_one_out import LeaveOneOut, leave_one_out
 from secondorder.influence.orders import (
     Order,
     changes,
     check_order_of,
     edited,
-    measured,
     move,
     perturbation,
     result_of,
@@ -26,30 +26,6 @@ from secondorder.influence.result import InfluenceResult, Row
 from secondorder.influence.samples import Measure
 from secondorder.influence.trust import Verification, to_verify, verified
 from secondorder.operators.linear import LinearOperator
-
-
-class LeaveOneOut(NamedTuple):
-    """Losses of training samples by parameters fitted without them.
-
-    Attributes:
-        losses: Shape (samples,).
-        mean: Of the finite ones: leave-one-out cross-validation.
-        training: Losses by the parameters as they are, shape (samples,).
-        statuses: Of each sample.
-    """
-
-    losses: Tensor
-    mean: float
-    training: Tensor
-    statuses: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        failed = sum(status != "converged" for status in self.statuses)
-        note = f", {failed} not converged" if failed else ""
-        return (
-            f"LeaveOneOut({len(self.losses)} samples, mean={self.mean:.4g}, training mean="
-            f"{float(self.training.mean()):.4g}{note})"
-        )
 
 
 class Influence:
@@ -130,8 +106,7 @@ class Influence:
         if order == 1:
             return first_order(base, tests, indices, top_k, progress)
         names = base.indices(indices)
-        picked = base.samples.pick(names)
-        edits = [removal(base, [picked[i]]) for i in names]
+        edits = removals(base, [[i] for i in names])
         scores, found, solved = changes(base, edits, tests, order, steps=steps, progress=progress)
         result = result_of(base, scores, torch.tensor(names), order, found, solved)
         if top_k is None:
@@ -152,12 +127,8 @@ class Influence:
 
         At order 1 they are sums over the samples.
         """
-        found = self._base.groups(groups)
-        edits = []
-        for group in found:
-            picked = self._base.samples.pick(group)
-            edits.append(removal(self._base, [picked[i] for i in group]))
-        return edited(self._base, edits, torch.arange(len(found)), test, order, measure, steps)
+        edits = removals(self._base, self._base.groups(groups))
+        return edited(self._base, edits, torch.arange(len(edits)), test, order, measure, steps)
 
     def relabel(
         self,
@@ -178,14 +149,7 @@ class Influence:
             measure: As in ``scores``.
         """
         (place,) = self._base.indices(index, "index")
-        batch = self._base.samples.pick([place])[place]
-        old, share = batch[1], self._base.share
-        if not isinstance(old, Tensor):
-            raise TypeError(f"relabel needs targets that are one tensor, got {type(old).__name__}.")
-        new = torch.as_tensor(new_target, dtype=old.dtype, device=old.device)
-        if new.shape != old.shape[1:]:
-            raise ValueError(f"new_target must have shape {tuple(old.shape[1:])}, got {tuple(new.shape)}.")
-        edit = (Term((batch[0], new.unsqueeze(0)), share), Term(batch, -share))
+        edit = relabelling(self._base, place, new_target)
         return edited(self._base, [edit], torch.tensor([place]), test, order, measure, 0)
 
     def reweight(
@@ -204,9 +168,8 @@ class Influence:
     ) -> Moved:
         """Parameters, flat, after some samples are removed together, with status, leverage and indicator."""
         check_order_of(self._base, order, steps)
-        (group,) = self._base.groups([self._base.indices(indices, "indices")])
-        picked = self._base.samples.pick(group)
-        return move(self._base, removal(self._base, [picked[i] for i in group]), order, steps)
+        (edit,) = removals(self._base, self._base.groups([self._base.indices(indices, "indices")]))
+        return move(self._base, edit, order, steps)
 
     def loo_loss(
         self, train: Iterable[int] | None = None, *, order: Order = "newton", steps: int = 0
@@ -214,17 +177,7 @@ class Influence:
         """The loss of each training sample by the parameters without it."""
         base = self._base
         check_order_of(base, order, steps, ("newton", "refit"))
-        losses, training, statuses = [], [], []
-        names = base.indices(train)
-        picked = base.samples.pick(names)
-        for batch in (picked[i] for i in names):
-            moved = move(base, removal(base, [batch]), order, steps)
-            with torch.no_grad():
-                training.append(base.samples.losses(batch))
-                losses.append(measured(base, moved, lambda: base.samples.losses(batch)))  # noqa: B023
-            statuses.append(moved.status)
-        found = torch.cat(losses)
-        return LeaveOneOut(found, float(found.nanmean()), torch.cat(training), tuple(statuses))
+        return leave_one_out(base, base.indices(train), order, steps)
 
     def self_influence(self, *, progress: bool = False) -> Tensor:
         """First order change of each training sample's own loss when it is removed, shape (samples,)."""

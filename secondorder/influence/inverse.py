@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder.data.batches import Batch
+from secondorder.data.batches import Batch, count_samples
 from secondorder.data.objective import Objective
 from secondorder.influence.samples import Samples
 from secondorder.operators.curvature import GaussNewton
@@ -78,7 +78,7 @@ class Inverse:
         shift = objective.l2 + self.damping
         residuals = None
         if solver == "dual" or (solver == "auto" and n > DENSE_LIMIT and is_ggn and shift > 0):
-            residuals = _residuals(objective, count)
+            residuals = _residuals(objective, count, DENSE_LIMIT if solver == "dual" else min(DENSE_LIMIT, n))
         if solver == "dual" and (residuals is None or not is_ggn or not shift > 0):
             raise ValueError(
                 "solver 'dual' needs curvature='ggn' of a convex loss, few rows and damping or l2 above zero;"
@@ -185,17 +185,17 @@ def operator_of(objective: Objective, curvature: Any, count: int) -> LinearOpera
     )
 
 
-def _residuals(objective: Objective, count: int) -> Tensor | None:
-    """``A`` with ``A^T A`` the Gauss-Newton matrix without L2; None where it has too many rows."""
+def _residuals(objective: Objective, count: int, most: int) -> Tensor | None:
+    """``A`` with ``A^T A`` the Gauss-Newton matrix without L2; None where it has more than ``most`` rows."""
     samples, parts = Samples(objective), []
     rows, n = 0, sum(p.numel() for p in objective.parameters)
 
     def of(batch: Batch) -> Tensor | None:
         with torch.enable_grad():
             operator = ResidualJacobian.of(GaussNewton(*objective.passes.loss(batch), objective.parameters))
-        if operator is None or not operator.fits or rows + operator.shape[0] > min(DENSE_LIMIT, n):
+        if operator is None or not operator.fits or rows + operator.shape[0] > most:
             return None
-        return operator.dense() * objective.passes.weight(len(batch[1])) ** 0.5
+        return operator.dense() * objective.passes.weight(count_samples(batch)) ** 0.5
 
     for _, batch in samples.walk():
         part = of(batch)

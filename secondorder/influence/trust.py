@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secondorder.influence.base import Base
-from secondorder.influence.edits import removal
+from secondorder.influence.edits import removals
 from secondorder.influence.first_order import Tests
 from secondorder.influence.orders import changes
 from secondorder.influence.result import pearson, ranks
@@ -59,8 +59,7 @@ def to_verify(scores: Tensor, k: int, seed: int) -> list[int]:
 
 def verified(base: Base, tests: Tests, predicted: Tensor, train: Sequence[int]) -> Verification:
     """Refit without each of some training samples, and compare."""
-    picked = base.samples.pick(train)
-    actual, found, _ = changes(base, [removal(base, [picked[i]]) for i in train], tests, "refit")
+    actual, found, _ = changes(base, removals(base, [[i] for i in train]), tests, "refit")
     p, a = predicted.flatten().double(), actual.flatten().double()
     tiny = torch.finfo(a.dtype).tiny
     return Verification(
