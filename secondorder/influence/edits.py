@@ -10,7 +10,7 @@ in regression.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ from secondorder.operators.rows import rows
 SINGULAR = 1e-8
 # Gradients of this many roundings are zero.
 ZERO = 450
+# Of a chord step.
+MOST_HALVINGS = 3
 
 
 class Term(NamedTuple):
@@ -49,12 +51,15 @@ class Moved(NamedTuple):
         status: "converged", or what is wrong by name.
         leverage: The largest of the edit; NaN where it was not asked for.
         indicator: ``norm(grad R(point)) / norm(push)``.
+        residual_norm: True residual of the systems solved, relative to their right-hand sides; of a refit
+            the indicator, for what it solves is the gradient.
     """
 
     point: Tensor
     status: str
     leverage: float
     indicator: float
+    residual_norm: float
 
 
 def removals(base: Base, groups: Sequence[Sequence[int]]) -> list[Edit]:
@@ -90,7 +95,7 @@ class _Update:
         self._rows = torch.cat([rows for rows, _ in found])
         signs = torch.cat([signs for _, signs in found])
         solved = base.inverse.solve(self._rows.T)
-        self.status, self._columns = solved.status, solved.x
+        self.status, self.residual_norm, self._columns = solved.status, solved.residual_norm, solved.x
         inner = self._rows @ solved.x * signs
         values = (
             torch.linalg.eigvalsh((inner + inner.T) / 2)
@@ -122,7 +127,13 @@ def newton(base: Base, edit: Edit, steps: int = 0) -> Moved:
     parameters = base.objective.parameters
     update, push = _Update(base, edit), edit_gradient(base, edit)
     if update.status == "leverage":
-        return Moved(torch.full_like(base.point, torch.nan), "leverage", update.leverage, torch.nan)
+        return Moved(
+            torch.full_like(base.point, torch.nan),
+            "leverage",
+            update.leverage,
+            torch.nan,
+            update.residual_norm,
+        )
 
     def residual(point: Tensor) -> Tensor:
         with at(parameters, point):
@@ -131,13 +142,24 @@ def newton(base: Base, edit: Edit, steps: int = 0) -> Moved:
     point = base.point - update.solve(push)
     left = residual(point)
     for _ in range(steps):
-        trial = point - update.solve(left)
+        found = _shorter(residual, point, update.solve(left), left)
+        if found is None:
+            break
+        point, left = found
+    return Moved(point, update.status, update.leverage, indicator(left, push), update.residual_norm)
+
+
+def _shorter(
+    residual: Callable[[Tensor], Tensor], point: Tensor, step: Tensor, left: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The first of halved steps after which less of the gradient is left; None where there is none."""
+    for halvings in range(MOST_HALVINGS + 1):
+        trial = point - step / 2**halvings
         after = residual(trial)
         # NaN is no decrease.
-        if not bool(after.norm() < left.norm()):
-            break
-        point, left = trial, after
-    return Moved(point, update.status, update.leverage, indicator(left, push))
+        if bool(after.norm() < left.norm()):
+            return trial, after
+    return None
 
 
 def indicator(left: Tensor, push: Tensor) -> float:

@@ -40,6 +40,7 @@ class Influence:
     Args:
         objective: At a minimiser. Samples have indices 0 to n - 1 in the order of its data.
         curvature: "ggn", "hessian", "fisher", or an operator of shape (parameters, parameters), L2 included.
+            For networks "newton" is closer to a refit with "hessian", where that is positive definite.
         damping: Shift of the curvature, loss over parameter squared. None: zero where it is positive
             definite, else the least that lifts its lowest eigenvalue to ``sqrt(eps)`` of the largest.
         solver: "dense" (a factor), "dual" (a factor in the space of residuals), "block_cg", "minres"
@@ -87,7 +88,7 @@ class Influence:
             order: 1, "newton" or "refit".
             measure: Takes outputs and targets, returns a value for each test sample, or one number for all;
                 the training loss of each when None.
-            steps: Chord steps after the Newton step, as long as they reduce the gradient.
+            steps: Chord steps after the Newton step, halved until they reduce the gradient.
             top_k: Keep only so many scores of each test, the largest in magnitude.
             progress: Show a progress bar.
 

@@ -153,11 +153,6 @@ class Inverse:
             status = "negative_curvature"
         return Solved(x.to(B), status, residual)
 
-    @property
-    def is_definite(self) -> bool:
-        """Whether a factorisation has shown it; iterative solvers find out later."""
-        return self._factor is not None or self.solver == "block_cg"
-
     def __matmul__(self, v: Tensor) -> Tensor:
         """The inverse as a preconditioner, exact ones only."""
         return self.solve(v.reshape(len(v), -1)).x.reshape(v.shape)

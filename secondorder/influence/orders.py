@@ -44,7 +44,7 @@ def move(base: Base, edit: Edit, order: Order, steps: int = 0) -> Moved:
     if order == "newton":
         return newton(base, edit, steps)
     solved = base.inverse.solve(edit_gradient(base, edit).unsqueeze(1))
-    return Moved(base.point - solved.x[:, 0], solved.status, math.nan, math.nan)
+    return Moved(base.point - solved.x[:, 0], solved.status, math.nan, math.nan, solved.residual_norm)
 
 
 def measured(base: Base, moved: Moved, measure: Callable[[], Tensor]) -> Tensor:
@@ -82,7 +82,7 @@ def result_of(
     return InfluenceResult(
         scores,
         worst,
-        solved.residual_norm if solved else math.nan,
+        solved.residual_norm if solved else max(moved.residual_norm for moved in found),
         order=str(order),
         train=names,
         gradient_norm=base.gradient_norm,

@@ -54,7 +54,8 @@ def refit(base: Base, edit: Edit, start: Tensor | None = None) -> Moved:
             status = "stagnated"
             break
         point, value, gradient = found
-    return Moved(point, status, math.nan, indicator(gradient, pushed))
+    left = indicator(gradient, pushed)
+    return Moved(point, status, math.nan, left, left)
 
 
 def _value_and_gradient(base: Base, edit: Edit, point: Tensor) -> tuple[float, Tensor]:
