@@ -145,9 +145,7 @@ class Influence:
         Args:
             index: Of the training sample.
             new_target: Without the dimension of samples.
-            test: Samples.
-            order: As in ``scores``.
-            measure: As in ``scores``.
+            test, order, measure: As in ``scores``.
         """
         (place,) = self._base.indices(index, "index")
         edit = relabelling(self._base, place, new_target)
