@@ -145,7 +145,9 @@ class Influence:
         Args:
             index: Of the training sample.
             new_target: Without the dimension of samples.
-            test, order, measure: As in ``scores``.
+            test: Samples.
+            order: As in ``scores``.
+            measure: As in ``scores``.
         """
         (place,) = self._base.indices(index, "index")
         edit = relabelling(self._base, place, new_target)
@@ -221,9 +223,8 @@ class Influence:
 
     def __repr__(self) -> str:
         base = self._base
-        found = " (found)" if base.inverse.is_chosen and base.inverse.damping else ""
         return (
             f"Influence({len(base.point)} parameters, {base.count} samples, curvature={base.curvature!r}, "
-            f"damping={base.inverse.damping:.3g}{found}, solver={base.inverse.solver!r}, gradient_norm="
+            f"damping={base.inverse.damping:.3g}, solver={base.inverse.solver!r}, gradient_norm="
             f"{base.gradient_norm:.2g}, {'stationary' if base.is_stationary else 'not stationary'})"
         )

@@ -56,7 +56,6 @@ class Inverse:
     Attributes:
         operator: ``B``.
         damping: As used.
-        is_chosen: Whether ``damping`` was found here.
         solver: As used.
     """
 
@@ -71,7 +70,7 @@ class Inverse:
     ) -> None:
         self._objective, self._rtol = objective, rtol
         self.operator = operator_of(objective, curvature, count)
-        self.is_chosen, self.damping = damping is None, damping or 0.0
+        self.damping = damping or 0.0
         self._factor: Tensor | None = None
         self._matrix: Tensor | None = None
         n, is_ggn = self.operator.shape[0], curvature == "ggn"
