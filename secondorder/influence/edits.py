@@ -19,10 +19,9 @@ from torch.utils import _pytree as pytree
 
 from secondorder.autodiff.backward import pull_rows
 from secondorder.data.batches import Batch, call, count_samples
-from secondorder.data.objective import Objective
 from secondorder.influence.base import Base
 from secondorder.influence.samples import at, join
-from secondorder.operators.parameters import Jacobian
+from secondorder.operators.parameters import Jacobian, tried
 from secondorder.operators.rows import rows
 
 # A curvature that an edit makes this nearly singular has no step.
@@ -89,7 +88,7 @@ class _Update:
     """The inverse of the curvature after an edit."""
 
     def __init__(self, base: Base, edit: Edit) -> None:
-        found = [_rows_and_roots(base.objective, term) for term in edit]
+        found = [_rows_and_roots(base, term) for term in edit]
         self._base = base
         # R^T J, with W = R D R^T, and D of signs.
         self._rows = torch.cat([rows for rows, _ in found])
@@ -168,19 +167,23 @@ def indicator(left: Tensor, push: Tensor) -> float:
     return float(left.norm()) / size if size > ZERO * torch.finfo(push.dtype).eps else 0.0
 
 
-def _rows_and_roots(objective: Objective, term: Term) -> tuple[Tensor, Tensor]:
+def _rows_and_roots(base: Base, term: Term) -> tuple[Tensor, Tensor]:
     """``R^T J``, shape (m, n), and the signs of its rows."""
-    batch, n = term.batch, count_samples(term.batch)
-    with torch.enable_grad():
-        outputs = call(objective.model, batch[0])
-        leaves, spec = pytree.tree_flatten(outputs)
+    objective, batch, n = base.objective, term.batch, count_samples(term.batch)
+
+    def build() -> tuple[list[Any], Any, Jacobian]:
+        leaves, spec = pytree.tree_flatten(call(objective.model, batch[0]))
         if not all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n for leaf in leaves):
             raise ValueError(
                 "model must return tensors with samples in their first dimension for order 'newton'; use"
                 " order=1 or 'refit'."
             )
         live = [leaf for leaf in leaves if leaf.requires_grad]
-        jacobian = Jacobian(live, objective.parameters)
+        return leaves, spec, tried(Jacobian(live, objective.parameters))
+
+    with torch.enable_grad():
+        leaves, spec, jacobian = base.samples.ladder.climb(build)
+        live = [leaf for leaf in leaves if leaf.requires_grad]
         free = [leaf.detach().requires_grad_() if leaf.requires_grad else leaf for leaf in leaves]
         loss = objective.loss(pytree.tree_unflatten(free, spec), batch[1])
         curvature = _blocks(loss, [leaf for leaf in free if leaf.requires_grad])

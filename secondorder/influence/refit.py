@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from secondorder.influence.base import Base
-from secondorder.influence.edits import ZERO, Edit, Moved, edit_gradient, indicator
+from secondorder.influence.edits import ZERO, Edit, Moved, Term, edit_gradient, indicator
 from secondorder.influence.samples import at
 from secondorder.operators.curvature import Hessian
 from secondorder.operators.linear import LinearOperator
+from secondorder.operators.parameters import tried
 from secondorder.solvers import cg
 
 # A gradient of this size beside the push of the edit is zero, as is one of ``ZERO`` roundings.
@@ -70,15 +71,22 @@ def _direction(base: Base, edit: Edit, gradient: Tensor, rtol: float) -> Tensor:
     """Of Newton's method, truncated where curvature is not positive."""
     curvature: LinearOperator = base.objective.hessian(keep_graph=True)
     for term in edit:
-        with torch.enable_grad():
-            curvature = curvature + term.weight * Hessian(
-                base.samples.loss(term.batch), base.objective.parameters
-            )
+        curvature = curvature + term.weight * _hessian(base, term)
     M = base.inverse if base.inverse.is_exact else None
     step = cg(curvature, -gradient, M=M, rtol=rtol).x
     if bool(step.any()) and float(step @ gradient) < 0:
         return step
     return -gradient if M is None else -(M @ gradient)
+
+
+def _hessian(base: Base, term: Term) -> LinearOperator:
+    """Of the losses of an edit's samples; by other means where an operation has no second derivative."""
+
+    def build() -> Hessian:
+        return tried(Hessian(base.samples.loss(term.batch), base.objective.parameters))
+
+    with torch.enable_grad():
+        return base.samples.ladder.climb(build)
 
 
 def _search(

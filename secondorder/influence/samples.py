@@ -112,11 +112,14 @@ class Samples:
 
     Args:
         objective: Its model, loss, parameters and reduction.
+
+    Attributes:
+        ladder: Remembers by what means operations of the model have second derivatives.
     """
 
     def __init__(self, objective: Objective) -> None:
         self._objective, self._parameters = objective, objective.parameters
-        self._ladder = ladder.Ladder()
+        self.ladder = ladder.Ladder()
 
     def walk(self) -> Generator[tuple[int, Batch], None, None]:
         """The batches of the training data, each with the index of its first sample."""
@@ -177,7 +180,7 @@ class Samples:
 
         with torch.enable_grad():
             try:
-                return self._ladder.climb(build)
+                return self.ladder.climb(build)
             except RuntimeError:
                 # A custom Function whose backward pass cannot be differentiated: each gradient by itself
                 # needs none of that.
