@@ -3,7 +3,9 @@
 from secondorder.data.objective import Objective
 from secondorder.functional import hessian, hvp, jacobian, jvp, vhp, vjp
 from secondorder.functional.gauss_newton import fvp, ggnvp
-from secondorder.influence.scores import InfluenceResult, influence
+from secondorder.influence.influence import Influence
+from secondorder.influence.result import InfluenceResult
+from secondorder.influence.scores import influence
 from secondorder.operators.curvature import Block, GaussNewton, Hessian
 from secondorder.operators.fisher import EmpiricalFisher, Fisher
 from secondorder.operators.linear import LinearOperator
@@ -61,6 +63,7 @@ __all__ = [
     # a model over a dataset
     "Objective",
     # influence functions
+    "Influence",
     "influence",
     "InfluenceResult",
     # solvers

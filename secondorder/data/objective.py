@@ -80,13 +80,14 @@ class Objective:
             raise ValueError("model must have a parameter that requires gradients, got none.")
         self.parameters = check_parameters(chosen)
         self.model, self.loss, self.l2, self.reduction = model, loss, l2, reduction
+        self.data, self.batch_size = data, batch_size
         batches = Batches(data, batch_size, self.parameters[0].device)
-        self._passes = Passes(model, loss, batches, reduction, progress)
+        self.passes = Passes(model, loss, batches, reduction, progress)
 
     def value(self) -> Tensor:
         """The objective, a detached scalar."""
         with torch.no_grad():
-            value = self._passes.reduce("value", lambda batch: self._passes.loss(batch)[0])
+            value = self.passes.reduce("value", lambda batch: self.passes.loss(batch)[0])
             return value + 0.5 * self.l2 * self._flat().square().sum()
 
     def gradient(self) -> Tensor:
@@ -97,14 +98,14 @@ class Objective:
         """Both, in one pass."""
 
         def on_batch(batch: Batch) -> Tensor:
-            value = self._passes.loss(batch)[0]
+            value = self.passes.loss(batch)[0]
             grads = torch.autograd.grad(value, self.parameters, allow_unused=True)
             pairs = zip(grads, self.parameters, strict=True)
             gradient = flatten([torch.zeros_like(p) if g is None else g for g, p in pairs])
             return torch.cat([value.detach().reshape(1), gradient])
 
         with torch.enable_grad():
-            both = self._passes.reduce("gradient", on_batch)
+            both = self.passes.reduce("gradient", on_batch)
         w = self._flat()
         return both[0] + 0.5 * self.l2 * w.square().sum(), both[1:] + self.l2 * w
 
@@ -116,7 +117,7 @@ class Objective:
                 data at once. None: only where there is but one batch.
         """
         return OverBatches(
-            self, "hessian", lambda b, _: Hessian(self._passes.loss(b)[0], self.parameters), keep_graph
+            self, "hessian", lambda b, _: Hessian(self.passes.loss(b)[0], self.parameters), keep_graph
         )
 
     def gauss_newton(self, *, keep_graph: bool | None = None) -> LinearOperator:
@@ -124,7 +125,7 @@ class Objective:
         return OverBatches(
             self,
             "gauss_newton",
-            lambda batch, _: GaussNewton(*self._passes.loss(batch), self.parameters),
+            lambda batch, _: GaussNewton(*self.passes.loss(batch), self.parameters),
             keep_graph,
         )
 
@@ -224,7 +225,7 @@ class OverBatches(LinearOperator):
         """What one operator for each batch gives, reduced over the samples."""
         if self._read_versions() != self._versions:
             raise RuntimeError("the parameters have changed since this operator was made; make a new one.")
-        passes = self._objective._passes
+        passes = self._objective.passes
         total, samples = torch.zeros((), dtype=self.dtype, device=self.device), 0
         kept: list[tuple[ParameterOperator, int]] = []
         with contextlib.ExitStack() as stack:

@@ -69,7 +69,7 @@ class Passes:
         total: Any = None
         samples = 0
         # Closed at once, also after an exception: it is then that the random state comes back.
-        with contextlib.closing(self._walk(name)) as batches:
+        with contextlib.closing(self.walk(name)) as batches:
             for batch in batches:
                 n = count_samples(batch)
                 part = on_batch(batch) * self.weight(n)
@@ -79,14 +79,14 @@ class Passes:
 
     def operators(self, name: str, build: Build) -> Generator[tuple[ParameterOperator, int], None, None]:
         """The operator of each batch, with the number of its samples; to be closed."""
-        with contextlib.closing(self._walk(name)) as batches:
+        with contextlib.closing(self.walk(name)) as batches:
             for index, batch in enumerate(batches):
                 with torch.enable_grad():
                     built = [self._ladder.climb(lambda: tried(build(batch, index)))]  # noqa: B023
                 # Nothing here holds on to its graph.
                 yield built.pop(), count_samples(batch)
 
-    def _walk(self, name: str) -> Generator[Batch, None, None]:
+    def walk(self, name: str) -> Generator[Batch, None, None]:
         """One pass over the batches, with a model that may have changed its mode since."""
         check_deterministic(self._model)
         with contextlib.closing(self._batches.walk(name if self._progress else None)) as batches:

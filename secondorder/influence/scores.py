@@ -1,71 +1,35 @@
-"""Influence functions: which training samples moved this prediction.
-
-Reference: Koh and Liang (2017), Understanding black-box predictions via influence functions; Cook and
-Weisberg (1982), Residuals and influence in regression.
-"""
+"""Scores of a fitted model in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from secondorder.autodiff import switches
 from secondorder.data.objective import Objective
-from secondorder.operators.linear import LinearOperator
-from secondorder.operators.matrix import MatrixOperator
-from secondorder.solvers import STATUS_TEXT, SolveResult, block_cg, direct
-from secondorder.vectors.flat import flatten_rows
+from secondorder.influence.influence import Influence
+from secondorder.influence.result import InfluenceResult
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
-CURVATURES = ("hessian", "gauss-newton")
-SOLVERS = ("auto", "direct", "cg")
-DIRECT_LIMIT = 1000
-
-
-class InfluenceResult(NamedTuple):
-    """Influence scores and how well their systems were solved.
-
-    Attributes:
-        scores: Shape (tests, training samples). Entry ``[i, j]`` predicts by how much the loss of test
-            sample ``i`` rises when training sample ``j`` is left out: positive means helpful.
-        status: "converged" when every system was solved, else the status of the worst one.
-        residual_norm: Largest residual among the systems, relative to the gradient of its test sample.
-    """
-
-    scores: Tensor
-    status: str
-    residual_norm: float
-
-    @property
-    def message(self) -> str:
-        """One sentence on ``status``: the cause, and the remedy where there is one."""
-        if self.status == "negative_curvature":
-            return "the parameters are not a minimiser; use curvature='gauss-newton', or more damping"
-        return STATUS_TEXT[self.status]
-
-    def __repr__(self) -> str:
-        return (
-            f"InfluenceResult(status={self.status!r}, residual_norm={self.residual_norm:.3g},"
-            f"  # {self.message}\n  scores={self.scores})"
-        )
+CURVATURES = {"hessian": "hessian", "gauss-newton": "ggn"}
+SOLVERS = {"auto": "auto", "direct": "dense", "cg": "block_cg"}
 
 
 def influence(
     model: nn.Module,
     loss: Loss,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    train: Any,
+    test: Any,
     *,
     l2: float = 0.0,
-    damping: float = 0.0,
+    damping: float | None = 0.0,
     curvature: str = "hessian",
     solver: str = "auto",
+    rtol: float = 1e-5,
 ) -> InfluenceResult:
-    """Scores ``g_test^T (B + damping I)^-1 g_train / n`` of a fitted model.
+    """Scores ``g_test^T (B + damping I)^-1 g_train / n`` of a fitted model: ``Influence`` in one call.
 
     ``B`` is the curvature of the objective that was minimised,
     ``mean_j loss(model(x_j), y_j) + l2 / 2 norm(w)^2``, at the parameters as they are: they should be
@@ -75,26 +39,27 @@ def influence(
     Args:
         model: Fitted model; parameters that do not require gradients are constants. Not changed.
         loss: Mean loss of a batch, such as ``torch.nn.functional.cross_entropy``.
-        train: Inputs and targets of the training samples, first dimension ``n``.
-        test: Inputs and targets of the test samples.
+        train: Training samples: a pair (inputs, targets), a Dataset, a DataLoader that does not shuffle.
+        test: Test samples, as ``train``.
         l2: Weight of the L2 term of the objective, loss over parameter squared.
         damping: Further shift, loss over parameter squared. It makes an indefinite curvature
-            definite, and biases the scores towards zero.
+            definite, and biases the scores towards zero. None: the least that makes it so.
         curvature: "hessian", or "gauss-newton" (positive semidefinite; equal for linear models).
-        solver: "direct" (dense), "cg", or "auto": direct up to 1000 parameters.
+        solver: "direct" (dense), "cg", or "auto": direct up to 3000 parameters.
+        rtol: Of "cg".
 
     Returns:
         An ``InfluenceResult``; look at its ``status``. "negative_curvature" says that the parameters are
         not a minimiser: use "gauss-newton", or more damping.
 
     Raises:
-        TypeError: ``train`` or ``test`` is not a pair of tensors.
+        TypeError: ``train`` or ``test`` holds no tensors.
         ValueError: an option is out of range; a pair has unequal lengths; ``loss`` is not a mean over
             samples; ``model`` is in training mode with a layer whose output depends on the batch or on
             chance.
 
-    Cost: ``n`` products (direct) or one block CG solve for all test samples together, over the whole
-    training set in one batch; one gradient for each sample.
+    Cost: ``n`` products (direct) or one block CG solve for all test samples together; a derivative of the
+    training outputs along each solution.
 
     Example:
         >>> x, y = torch.randn(50, 3), torch.randn(50, 1)
@@ -103,76 +68,30 @@ def influence(
         >>> result.scores.shape, result.status
         (torch.Size([2, 50]), 'converged')
     """
-    _check_options(l2, damping, curvature, solver)
-    _check_data(train, "train")
-    _check_data(test, "test")
-    objective = Objective(model, loss, train, batch_size=len(train[0]))
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not bool(objective.value().isfinite()):
-        raise ValueError(
-            "the loss over train must be finite; look for NaN or infinity in data and parameters."
-        )
-    operator = objective.hessian() if curvature == "hessian" else objective.gauss_newton()
-    operator = operator + (l2 + damping)
-    n = operator.shape[0]
-    if solver == "direct" or (solver == "auto" and n <= DIRECT_LIMIT):
-        operator = MatrixOperator(operator.dense(), is_symmetric=True)
-    test_gradients = torch.cat(list(_sample_gradients(model, loss, test, parameters)))
-    solved = _solve(operator, test_gradients.T)
-    samples = len(train[0])
-    scores = [rows @ solved.x for rows in _sample_gradients(model, loss, train, parameters)]
-    return InfluenceResult(torch.cat(scores).T / samples, *_worst(solved, test_gradients))
-
-
-def _solve(operator: LinearOperator, B: Tensor) -> SolveResult:
-    if isinstance(operator, MatrixOperator):
-        return direct(operator.spectrum, B)
-    # Scores to six digits in double precision; single precision stagnates earlier, and says so.
-    return block_cg(operator, B, rtol=1e-8 if B.dtype == torch.float64 else 1e-5)
-
-
-def _worst(solved: SolveResult, gradients: Tensor) -> tuple[str, float]:
-    norms = gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny).tolist()
-    residuals = [c.residual_norm / norm for c, norm in zip(solved.columns, norms, strict=True)]
-    return solved.status, max(residuals, default=0.0)
-
-
-def _sample_gradients(
-    model: nn.Module,
-    loss: Loss,
-    data: tuple[Tensor, Tensor],
-    parameters: dict[str, nn.Parameter],
-    chunk_size: int = 256,
-) -> Iterator[Tensor]:
-    """Gradients of the losses of samples, flat, in chunks of shape (k, n)."""
-    point = {name: p.detach() for name, p in parameters.items()}
-
-    def loss_of_sample(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        output = torch.func.functional_call(model, values, (x.unsqueeze(0),))
-        return loss(output, y.unsqueeze(0)).squeeze()
-
-    gradient = torch.vmap(torch.func.grad(loss_of_sample), in_dims=(None, 0, 0))
-    for x, y in zip(data[0].split(chunk_size), data[1].split(chunk_size), strict=True):
-        with switches.held(*switches.MATH_ATTENTION):
-            grads = gradient(point, x, y)
-        yield flatten_rows([grads[name] for name in parameters])
-
-
-def _check_options(l2: float, damping: float, curvature: str, solver: str) -> None:
     for name, value in (("l2", l2), ("damping", damping)):
-        if not value >= 0:
+        if value is not None and not value >= 0:
             raise ValueError(f"{name} must be non-negative, got {value}.")
     for name, choice, choices in (("curvature", curvature, CURVATURES), ("solver", solver, SOLVERS)):
         if choice not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}.")
+    _check_data(train, "train")
+    _check_data(test, "test")
+    objective = Objective(model, loss, train, l2=l2)
+    found = Influence(
+        objective, curvature=CURVATURES[curvature], damping=damping, solver=SOLVERS[solver], rtol=rtol
+    )
+    return found.scores(test)
 
 
-def _check_data(data: tuple[Tensor, Tensor], name: str) -> None:
-    is_pair = isinstance(data, tuple | list) and len(data) == 2
-    if not is_pair or not all(isinstance(t, Tensor) for t in data):
-        kinds = [type(t).__name__ for t in data] if is_pair else []
-        got = f"a pair of {' and '.join(kinds)}" if is_pair else type(data).__name__
-        raise TypeError(f"{name} must be a pair of tensors (inputs, targets), got {got}.")
+def _check_data(data: Any, name: str) -> None:
+    """Of a pair of tensors, which most are: by its own name."""
+    if isinstance(data, Tensor):
+        raise TypeError(f"{name} must be a pair of tensors (inputs, targets) or a data set, got a Tensor.")
+    if not (isinstance(data, tuple | list) and len(data) == 2) or isinstance(data[0], tuple | list | dict):
+        return
+    if not all(isinstance(t, Tensor) for t in data):
+        kinds = " and ".join(type(t).__name__ for t in data)
+        raise TypeError(f"{name} must be a pair of tensors (inputs, targets), got a pair of {kinds}.")
     if not all(t.ndim for t in data):
         raise ValueError(f"{name} must hold samples in its first dimension; add one with x.unsqueeze(0).")
     if len(data[0]) != len(data[1]) or not len(data[0]):
