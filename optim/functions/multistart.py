@@ -66,7 +66,7 @@ def from_starts(x0: Any, batch: Batch | None, single: Single) -> OptimizeResult:
         raise RuntimeError("no start led to a finite value; choose others.")
     ends.sort(key=lambda end: end.value)
     best = single(ends[0].x)
-    found = [_End(best.x, float(_value(best)), best.status), *ends[1:]]
+    found = [_End(best.x.detach(), float(_value(best)), best.status), *ends[1:]]
     return best.changed(minima=_distinct(found), starts=dict(Counter(end.status for end in ends)))
 
 
@@ -88,7 +88,7 @@ def _ends(x0: Tensor, batch: Batch | None, single: Single) -> list[_End]:
             except ValueError:
                 # Not finite at this start.
                 continue
-        return [_End(r.x, float(_value(r)), r.status) for r in results]
+        return [_End(r.x.detach(), float(_value(r)), r.status) for r in results]
     values = _value(result).tolist()
     return [_End(x, value, status) for x, value, status in zip(result.x, values, result.status, strict=True)]
 

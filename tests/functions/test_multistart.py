@@ -74,3 +74,13 @@ def test_what_starts_are_not():
         optim.minimize(two_wells, torch.ones(2), multistart=True)
     with pytest.raises(RuntimeError, match="no start led to a finite value"):
         optim.minimize(lambda x: x.sum() * torch.nan, torch.ones(2, 2), multistart=True)
+
+
+def test_the_best_one_is_differentiable():
+    c = torch.tensor([1.0, 2.0], dtype=DOUBLE, requires_grad=True)
+    result = optim.minimize(
+        lambda x, c: (x - c).square().sum(), starts(), (c,), multistart=True, implicit=True
+    )
+    (g,) = torch.autograd.grad(result.x.sum(), c)
+    torch.testing.assert_close(g, torch.ones(2, dtype=DOUBLE))
+    assert not result.minima[0].x.requires_grad
