@@ -38,8 +38,8 @@ def correlation(p, a):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("l2", [1e-2, 3e-3])
+# Of the six runs of two penalties and three seeds, the quicker three.
+@pytest.mark.parametrize(("seed", "l2"), [(0, 1e-2), (1, 1e-2), (2, 3e-3)])
 def test_chord_steps_come_closer_to_refits_than_first_order(seed, l2):
     model, train, test = trained(seed, l2)
     influence = Influence(Objective(model, F.cross_entropy, train, l2=l2), curvature="hessian")
