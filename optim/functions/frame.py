@@ -10,6 +10,9 @@ from torch import Tensor
 from optim.functions.variables import Variables
 from secondorder import LinearOperator
 
+# The scale of a variable halves at most in a step, or one that was steep at the start would be held for ever.
+DECAY = 0.5
+
 
 class Frame(NamedTuple):
     """``z = scale * x``, of the free entries alone: a step of ``z`` and what it is for ``x``.
@@ -80,3 +83,18 @@ def scale_of(x_scale: Any, name: str, variables: Variables) -> str | Tensor | No
     if not bool((units > 0).all()) or not bool(units.isfinite().all()):
         raise ValueError("x_scale must be positive and finite, got others; it is the unit of each variable.")
     return 1 / units
+
+
+def scale_by(diagonal: Tensor, before: Tensor | None) -> Tensor:
+    """Units in which the curvature along each variable is one, shape (n,).
+
+    Args:
+        diagonal: Of the Hessian, shape (n,).
+        before: Units of the last step; None in the first.
+    """
+    root = diagonal.abs().sqrt()
+    # A variable without curvature has no unit of its own.
+    largest = float(root.max()) if len(root) else 0.0
+    missing = root.new_tensor(largest or 1.0) if before is None else before
+    root = torch.where((root > 0) & root.isfinite(), root, missing)
+    return root if before is None else torch.maximum(root, DECAY * before)

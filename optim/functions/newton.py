@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.frame import Frame
+from optim.functions.frame import Frame, scale_by
 from optim.functions.problem import FunctionProblem
 from optim.functions.results import OptimizeResult
 from optim.functions.run import Run
@@ -30,8 +30,6 @@ from secondorder import MatrixOperator
 # Steps in a row that only the gradient calls a decrease. At a kink, or below the spacing of numbers, it calls
 # all of them so.
 MAX_STALLED = 20
-# The scale of a variable halves at most in a step, or one that was steep at the start would be held for ever.
-DECAY = 0.5
 # At the noise of the function a step of Newton that changes no variable by more than this is none.
 NEAR = 1e-6
 
@@ -304,18 +302,3 @@ class Products(Newton):
         newton = space.solve(math.inf)
         self.problem.nhev += space.products
         return "converged" if is_near(self.problem, newton, self._tolerances) else ""
-
-
-def scale_by(diagonal: Tensor, before: Tensor | None) -> Tensor:
-    """Units in which the curvature along each variable is one, shape (n,).
-
-    Args:
-        diagonal: Of the Hessian, shape (n,).
-        before: Units of the last step; None in the first.
-    """
-    root = diagonal.abs().sqrt()
-    # A variable without curvature has no unit of its own.
-    largest = float(root.max()) if len(root) else 0.0
-    missing = root.new_tensor(largest or 1.0) if before is None else before
-    root = torch.where((root > 0) & root.isfinite(), root, missing)
-    return root if before is None else torch.maximum(root, DECAY * before)

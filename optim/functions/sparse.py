@@ -7,7 +7,7 @@ import torch
 from scipy.sparse import csc_matrix, diags
 from torch import Tensor
 
-from optim.functions.frame import Frame
+from optim.functions.frame import Frame, scale_by
 from optim.functions.newton import (
     NEAR,
     Newton,
@@ -16,7 +16,6 @@ from optim.functions.newton import (
     free_of,
     is_near,
     is_short,
-    scale_by,
 )
 from optim.functions.problem import Evaluation, FunctionProblem
 from optim.functions.saddle import Ends, Line, has_negative
