@@ -19,7 +19,7 @@ from optim.functions.newton import Dense, Newton, Products, Report, Tolerances
 from optim.functions.problem import Derivatives, Evaluation, Function, FunctionProblem
 from optim.functions.results import OptimizeResult
 from optim.functions.run import Callback, Limits, Run, check_call
-from optim.functions.saddle import LANCZOS_STEPS
+from optim.functions.saddle import FEW, LANCZOS_STEPS
 from optim.functions.sparse import Sparse
 from optim.functions.variables import Variables
 from optim.methods import control
@@ -42,6 +42,9 @@ INSTEAD = {
 # Up to here forming the Hessian and its eigenvalues is cheaper than the products of the same steps.
 DIRECT_LIMIT = 100
 
+# Up to here it is cheaper than steps that take more products than there are unknowns.
+FORMED_LIMIT = 500
+
 # The model within the radius alone. Another candidate, where the curvature is negative, costs an evaluation,
 # and gained nothing on 188 problems (NIST, MGH, classic, networks): 148 solved for 150, a sixth more work.
 BALL = Bound(bounded)
@@ -63,6 +66,7 @@ MESSAGES = {
     " another x0, or bounds that keep x where they are",
     "unbounded": "fun fell by 1e30 times max(1, abs(fun(x0))): it seems to have no minimum; look at its sign,"
     " or give bounds",
+    "dear": "the products of a step cost more than the Hessian",
     "running": "an intermediate point, as a callback sees it",
     "stopped": "the callback asked to stop",
 }
@@ -70,10 +74,11 @@ CERTIFIED = (
     "no decrease is left that rounding would not hide; the gradient may be above gtol, but the curvature is"
     " positive, and Newton's step changes no variable by more than 1e-6, relative"
 )
+SHOWN = {"auto": "newton-cg"}
 SEEN = {
     **dict.fromkeys(DENSE, "all eigenvalues of the Hessian"),
     "newton-sparse": "the signs of all pivots of the Hessian",
-    "": f"what {LANCZOS_STEPS} Lanczos steps show",
+    "": f"all eigenvalues up to {FEW} unknowns, beyond at least at what {LANCZOS_STEPS} Lanczos steps show",
 }
 
 
@@ -107,8 +112,8 @@ def minimize(
 
     The dense methods form the Hessian and its eigenvalues: they leave saddle points, and call no point with
     a negative eigenvalue converged. The others need only products with it: where the gradient is within
-    ``gtol`` they look for negative curvature by a few Lanczos steps, and go on along it. Where decreases fall
-    below rounding of ``fun``, steps are judged by the gradient.
+    ``gtol`` they look for negative curvature, among many unknowns by a few Lanczos steps, and go on along it.
+    Where decreases fall below rounding of ``fun``, steps are judged by the gradient.
 
     Args:
         fun: Called as ``fun(x, *args)`` with x as ``x0`` was given; returns a tensor with a single element;
@@ -120,7 +125,7 @@ def minimize(
             place of the radius; "newton-sparse", by sparse factors on the host, for a Hessian of which most
             entries are zero: their places are found once, and a few products give all of it; "newton-cg",
             Steihaug's CG; "trust-krylov", Lanczos steps on along the boundary (GLTR); "auto": "newton" up to
-            100 unknowns, "newton-cg" beyond.
+            100 unknowns; "newton-cg" beyond, up to 500 until steps cost more than the Hessian would.
         jac: ``jac(x, *args)``, the gradient as ``x0``; True where ``fun`` returns ``(value, gradient)``; None
             for torch's.
         hess: ``hess(x, *args)``, the Hessian, shape (n, n), in the flat order of x; None for torch's.
@@ -162,9 +167,10 @@ def minimize(
         ValueError: an option is out of range; ``fun(x0)`` is not one finite number or does not depend on x.
 
     Cost: dense: a step takes one evaluation; one that is taken also a gradient and a Hessian (``n`` products
-    and about ``9 n^3`` operations), a rejected one nothing more. By products: a step takes up to ``n``,
+    and about ``9 n^3`` operations), a rejected one nothing more. By products: a step takes up to ``10 n``,
     and one that is taken a gradient; a rejected one is shortened, an evaluation each, before another radius
-    costs products. At its end about 60 more.
+    costs products. At its end all eigenvalues, ``n`` products, up to 250 unknowns, or 1000 where the steps
+    took more; else about 70.
 
     Reference: Conn, Gould and Toint (2000), Trust-region methods; Cartis, Gould and Toint (2011), Adaptive
     cubic regularisation methods; Steihaug (1983); Gould, Lucidi, Roma and Toint (1999).
@@ -187,13 +193,19 @@ def minimize(
     evaluation = Evaluation(fun, variables, args, has_aux or jac is True)
     evaluation.derivatives = _derivatives(jac, hess, hessp, evaluation)
     problem = FunctionProblem(evaluation, start, box)
-    if method == "auto":
-        method = "newton" if len(start) <= DIRECT_LIMIT else "newton-cg"
     tolerances = _tolerances(start.dtype, gtol, xtol, ftol)
     scale = scale_of(x_scale, "auto", variables)
-    face = _face(method, problem, tolerances, _report(variables, method, has_aux), scale)
-    run = Run(face, Limits(max_iter or 5000 + 10 * len(start), max_nfev), callback, progress)
+
+    def face(method: str) -> Newton:
+        report = _report(variables, SHOWN.get(method, method), has_aux)
+        return _face(method, problem, tolerances, report, scale)
+
+    if method == "auto" and len(start) <= DIRECT_LIMIT:
+        method = "newton"
+    run = Run(face(method), Limits(max_iter or 5000 + 10 * len(start), max_nfev), callback, progress)
     result = run.to_the_end(1.0 if method == "cubic" and radius is None else radius)
+    if result.status == "dear":
+        result = run.go_on(face("newton"))
     if not implicit or not depends(evaluation.args):
         return result
     return _attached(result, evaluation, problem)
@@ -259,7 +271,8 @@ def _face(
         return Dense(problem, control.trust_radius, tolerances, report, BALL, scale)
     solver = on_boundary if method == "trust-krylov" else in_radius
     fixed = None if isinstance(scale, str) else scale
-    return Products(problem, control.trust_radius, tolerances, report, solver, fixed)
+    may_give_up = method == "auto" and len(problem.point.x) <= FORMED_LIMIT
+    return Products(problem, control.trust_radius, tolerances, report, solver, fixed, may_give_up)
 
 
 def _derivatives(jac: Any, hess: Any, hessp: Any, evaluation: Evaluation) -> Derivatives:

@@ -18,7 +18,7 @@ from optim.functions.frame import Frame, scale_by
 from optim.functions.problem import FunctionProblem
 from optim.functions.results import OptimizeResult
 from optim.functions.run import Run
-from optim.functions.saddle import Ends, Line, has_negative
+from optim.functions.saddle import has_negative, look_around
 from optim.methods.control import Rule
 from optim.methods.formed import Formed
 from optim.methods.problem import QuadraticModel, norm
@@ -32,6 +32,10 @@ from secondorder import MatrixOperator
 MAX_STALLED = 20
 # At the noise of the function a step of Newton that changes no variable by more than this is none.
 NEAR = 1e-6
+
+# A step that takes so many products for each unknown is dear: the Hessian and its eigenvalues take less time,
+# and in units of their own the variables are better conditioned. So many of them are put up with.
+DEAR, MAX_DEAR = 2, 3
 
 
 class Tolerances(NamedTuple):
@@ -159,10 +163,16 @@ def slope_of(problem: FunctionProblem) -> float:
 
 def is_near(problem: FunctionProblem, newton: Solution, tolerances: Tolerances) -> bool:
     """Whether a step of Newton, from a point of small gradient, is none."""
-    size = abs(problem.point.value)
-    if slope_of(problem) <= torch.finfo(newton.step.dtype).eps * max(1.0, size):
-        return True
-    return 0 <= newton.predicted() <= tolerances.ftol * size or is_short(problem, newton, tolerances.xtol)
+    promised = tolerances.ftol * abs(problem.point.value)
+    return (
+        vanishes(problem) or 0 <= newton.predicted() <= promised or is_short(problem, newton, tolerances.xtol)
+    )
+
+
+def vanishes(problem: FunctionProblem) -> bool:
+    """Whether nothing but rounding is left of the gradient, of what is free."""
+    point = problem.point
+    return slope_of(problem) <= torch.finfo(point.x.dtype).eps * max(1.0, abs(point.value))
 
 
 def is_short(problem: FunctionProblem, newton: Solution, xtol: float) -> bool:
@@ -251,7 +261,10 @@ class Products(Newton):
         problem, rule, tolerances, report: As of ``Newton``.
         solver: Within a radius, for a relative residual.
         scale: Fixed, shape (n,); None for ones.
+        may_give_up: End with status "dear" once steps cost more than the whole Hessian would.
     """
+
+    _products = _dear = 0
 
     def __init__(
         self,
@@ -261,18 +274,26 @@ class Products(Newton):
         report: Report,
         solver: Callable[[float, int], Solver],
         scale: Tensor | None,
+        may_give_up: bool = False,
     ) -> None:
         super().__init__(problem, rule, tolerances, report)
-        self._solver, self._units = solver, scale
+        self._solver, self._units, self._may_give_up = solver, scale, may_give_up
 
     def look(self) -> None:
         """The gradient. The space is made when it is needed."""
         problem, point = self.problem, self.problem.point
+        self._dear += problem.nhev - self._products > DEAR * len(point.x)
+        self._products = problem.nhev
         problem.frame = Frame(self._units, free_of(problem))
         g = problem.frame.gradient(problem.gradient_at(point))
         self.model = QuadraticModel(point.value, g, problem.frame.curvature(point.curvature), norm(g))
         self._space: Subspace | None = None
         self.curved = False
+
+    def verdict(self) -> str:
+        """The point's; else whether the Hessian is cheaper from here."""
+        is_dear = self._may_give_up and self._dear >= MAX_DEAR
+        return super().verdict() or ("dear" if is_dear else "")
 
     def space(self) -> Subspace:
         """What CG grows."""
@@ -284,21 +305,26 @@ class Products(Newton):
         return self._space
 
     def second_order(self) -> str:
-        """By what a few Lanczos steps show, and by one solve."""
+        """By all eigenvalues of the scaled Hessian, or what a few Lanczos steps and one solve show."""
         if self._space is not None:
             # It was looked at: steps go on.
             return ""
-        ends = Ends(self.model)
-        self.problem.nhev += ends.products
-        if not len(ends.values):
-            return "non_finite"
-        if has_negative(ends.values, self._eps):
-            self._space = Line(self.model, ends.lowest, float(ends.values[0]))
+        sight = look_around(self.model, self.problem.nhev)
+        self.problem.nhev += sight.products
+        if sight.kind == "non_finite":
+            return sight.kind
+        if sight.line is not None:
+            self._space = sight.line
             return ""
         self.curved = True
-        if self.measure() <= self._eps * max(1.0, abs(self.problem.point.value)):
-            return "converged"
+        if not vanishes(self.problem):
+            newton = sight.newton or self._newton()
+            if not is_near(self.problem, newton, self._tolerances):
+                return ""
+        return "converged" if sight.kind == "positive" else "flat"
+
+    def _newton(self) -> Solution:
         space = self.space()
         newton = space.solve(math.inf)
         self.problem.nhev += space.products
-        return "converged" if is_near(self.problem, newton, self._tolerances) else ""
+        return newton

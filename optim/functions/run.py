@@ -99,6 +99,12 @@ class Run:
         self.nit = 0
         self.history: list[Record] = []
 
+    def go_on(self, face: Face) -> OptimizeResult:
+        """From the present point by another face of the same problem."""
+        self._face = face
+        self.history.pop()
+        return self.to_the_end()
+
     def to_the_end(self, size: float | None = None) -> OptimizeResult:
         """With radius or damping ``size`` first; the face's own where None."""
         face = self._face

@@ -18,7 +18,7 @@ from optim.functions.newton import (
     is_short,
 )
 from optim.functions.problem import Evaluation, FunctionProblem
-from optim.functions.saddle import Ends, Line, has_negative
+from optim.functions.saddle import Line, look_around
 from optim.methods.control import Rule
 from optim.methods.factored import Factored
 from optim.methods.problem import QuadraticModel, norm
@@ -98,12 +98,12 @@ class Sparse(Newton):
             return "" if isinstance(space, Line) else "non_finite"
         if space.is_definite:
             return "converged" if is_near(self.problem, space.newton(), self._tolerances) else ""
-        ends = Ends(self.model)
-        if not len(ends.values):
-            return "non_finite"
-        if not has_negative(ends.values, self._eps):
+        sight = look_around(self.model, 0)
+        if sight.kind == "non_finite":
+            return sight.kind
+        if sight.line is None:
             return "flat"
-        self._space = Line(self.model, ends.lowest, float(ends.values[0]))
+        self._space = sight.line
         return ""
 
     def is_certified(self) -> bool:

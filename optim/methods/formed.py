@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from optim.methods.problem import QuadraticModel
 from optim.methods.subspace import Bound, Diagonal, Solution, least_damping
@@ -58,6 +59,11 @@ class Formed:
             found.status,
             found.shift,
         )
+
+    @property
+    def lowest(self) -> Tensor:
+        """Eigenvector of the lowest eigenvalue, shape (n,)."""
+        return self._spectrum.vectors[:, 0]
 
     @property
     def is_definite(self) -> bool:

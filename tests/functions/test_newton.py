@@ -226,3 +226,64 @@ def test_progress_is_shown(capsys):
     assert "step" in capsys.readouterr().err
     assert math.isfinite(optim.minimize(zoo.PROBLEMS[0].func, zoo.PROBLEMS[0].x0()).fun)
     assert capsys.readouterr().err == ""
+
+
+def chain(x):
+    """All constants are minimisers."""
+    return (x[1:] - x[:-1]).square().sum()
+
+
+def tilted(x):
+    """A saddle at 0 whose negative curvature is 1e-14 of the positive one."""
+    return (torch.logspace(8, 6, len(x) - 1, dtype=DOUBLE) * x[:-1].square()).sum() + 1e-6 * (
+        x[-1] ** 4 / 4 - x[-1].square()
+    )
+
+
+def monkey(x):
+    """The Hessian vanishes at a saddle."""
+    return x[0] ** 3 - 3 * x[0] * x[1] ** 2 + (x**4).sum()
+
+
+ALL_METHODS = [*METHODS, "newton-sparse", "auto"]
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("n", [3, 130, 300])
+def test_a_minimum_that_is_not_unique_is_flat(method, n):
+    x0 = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=DOUBLE)
+    result = optim.minimize(chain, x0, method=method)
+    assert (result.status, result.success) == ("flat", False), result
+    assert result.fun < 1e-12
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("n", [2, 40])
+def test_no_saddle_is_a_minimum_however_small_its_curvature(method, n):
+    x0 = torch.ones(n, dtype=DOUBLE)
+    x0[-1] = 0.0
+    result = optim.minimize(tilted, x0, method=method, max_iter=300)
+    assert result.fun == pytest.approx(-1e-6, rel=1e-6) or not result.success, result
+    if method not in ("newton-cg", "trust-krylov"):
+        # They solve in the given units, in which the systems have a condition of 1e14.
+        assert result.success
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_where_the_hessian_vanishes_nothing_is_certain(method):
+    assert optim.minimize(monkey, torch.zeros(2, dtype=DOUBLE), method=method).status == "flat"
+
+
+def test_auto_forms_the_hessian_where_products_are_dearer():
+    weights = torch.logspace(8, -4, 150, dtype=DOUBLE)
+
+    def fun(x):
+        return (weights * (x - 1).square()).sum() + 1e-3 * (x**4).sum()
+
+    result = optim.minimize(fun, torch.zeros(150, dtype=DOUBLE))
+    assert result.success, result
+    # Newton's method alone takes eight steps; CG alone more than 500 products a step.
+    assert result.nhev < 5000
+    best = optim.minimize(fun, torch.zeros(150, dtype=DOUBLE), method="newton")
+    torch.testing.assert_close(result.x, best.x, rtol=1e-8, atol=0.0)
+    assert len(result.history) <= result.nit + 1

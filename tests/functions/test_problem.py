@@ -4,7 +4,7 @@ import torch
 import zoo
 from function_problems import function_problem
 
-from optim.functions.saddle import Ends, Line
+from optim.functions.saddle import Line, look_around
 
 
 def test_an_accepted_trial_is_not_evaluated_again(problem):
@@ -32,15 +32,33 @@ def test_a_refused_trial_leaves_the_point(problem):
     assert f.model().value == before.value
 
 
-def test_ends_of_a_spectrum_and_the_line_down():
+def test_the_way_down_from_a_saddle():
+    """In units of the diagonal, by all eigenvalues or by those that Lanczos steps find."""
+    generator = torch.Generator().manual_seed(0)
+    n = 300
+    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    values = torch.cat(
+        [-torch.ones(1, dtype=torch.float64), torch.linspace(0.1, 1, n - 1, dtype=torch.float64)]
+    )
+    units = torch.logspace(0, 6, n, dtype=torch.float64)
+    A = units * ((Q * values) @ Q.T) * units[:, None]
+    model = function_problem(lambda x: 0.5 * x @ A @ x, torch.zeros(n, dtype=torch.float64)).model()
+    for spent, products in ((n, n), (0, n)):
+        sight = look_around(model, spent)
+        assert sight.kind == "negative"
+        assert sight.products == products if spent else sight.products < products
+        step = sight.line.solve(2.0).step
+        torch.testing.assert_close(float(step.norm()), 2.0)
+        assert float(step @ A @ step) < 0
+        torch.testing.assert_close(
+            sight.line.solve(2.0).quadratic, float(step @ A @ step), rtol=1e-6, atol=0.0
+        )
+
+
+def test_a_line_is_downhill_within_the_radius():
     A = zoo.indefinite_matrix(30, 1)
-    f = function_problem(lambda x: 0.5 * x @ A @ x, torch.zeros(30, dtype=torch.float64))
-    model = f.model()
-    ends = Ends(model)
+    model = function_problem(lambda x: 0.5 * x @ A @ x, torch.zeros(30, dtype=torch.float64)).model()
     values, vectors = torch.linalg.eigh(A)
-    torch.testing.assert_close(ends.values, values[[0, -1]], rtol=1e-6, atol=0.0)
-    # The lowest eigenvalues lie apart by a tenth: the vector is known to less than its value.
-    assert abs(float(vectors[:, 0] @ ends.lowest)) > 0.999
     for g in (model.gradient, vectors[:, 0], -vectors[:, 0]):
         line = Line(model._replace(gradient=g), vectors[:, 0], float(values[0]))
         solution = line.solve(2.0)
