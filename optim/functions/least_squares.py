@@ -26,8 +26,8 @@ from optim.functions.variables import Variables
 from optim.methods.options import (
     check_choice,
     check_count,
-    check_optional,
     check_positive,
+    check_tolerances,
     given,
     refuse_arguments,
 )
@@ -227,7 +227,7 @@ def least_squares(
     check_call("least_squares", callback)
     check_choice(arguments, "method", METHODS)
     check_positive(arguments, "f_scale")
-    check_optional(arguments, "ftol", "xtol", "gtol")
+    check_tolerances(arguments, "ftol", "xtol", "gtol")
     check_count(arguments, *(name for name in ("max_iter", "max_nfev") if arguments[name] is not None))
     if multistart or batched or in_dims is not None:
         return _of_many(arguments)

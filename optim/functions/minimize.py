@@ -23,7 +23,14 @@ from optim.functions.saddle import FEW, LANCZOS_STEPS
 from optim.functions.sparse import Sparse
 from optim.functions.variables import Variables
 from optim.methods import control
-from optim.methods.options import check_choice, check_count, check_optional, given, refuse_arguments
+from optim.methods.options import (
+    check_choice,
+    check_count,
+    check_optional,
+    check_tolerances,
+    given,
+    refuse_arguments,
+)
 from optim.methods.subspace import CUBIC, Bound, bounded
 from optim.methods.truncated import in_radius, on_boundary
 
@@ -257,7 +264,8 @@ def _tolerances(dtype: torch.dtype, gtol: float | None, xtol: float | None, ftol
 def _check(options: dict[str, Any]) -> None:
     check_choice(options, "method", METHODS)
     check_count(options, *(name for name in ("max_iter", "max_nfev") if options[name] is not None))
-    check_optional(options, "gtol", "xtol", "ftol", "radius")
+    check_tolerances(options, "gtol", "xtol", "ftol")
+    check_optional(options, "radius")
 
 
 def _face(

@@ -52,6 +52,11 @@ def check_optional(options: Mapping[str, Any], *names: str) -> None:
     check_positive(options, *(name for name in names if options[name] is not None))
 
 
+def check_tolerances(options: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError unless every option is a finite number that is not negative, or None."""
+    check_not_negative(options, *(name for name in names if options[name] is not None))
+
+
 def check_unused(options: Mapping[str, Any], name: str, by: str) -> None:
     """Raise ValueError where an option is given that another one's value makes no use of."""
     if options[name] is not None:

@@ -104,7 +104,12 @@ def test_repr_is_readable():
         ((lambda x: x.sum() * math.nan, torch.ones(2)), {}, ValueError, r"fun\(x0\) must be finite, got nan"),
         ((lambda x: torch.ones(()), torch.ones(2)), {}, ValueError, "must depend on x"),
         ((lambda x: x.sum(), torch.ones(2)), {"method": "bfgs"}, ValueError, "method must be one of 'auto'"),
-        ((lambda x: x.sum(), torch.ones(2)), {"gtol": -1.0}, ValueError, "gtol must be a positive number"),
+        (
+            (lambda x: x.sum(), torch.ones(2)),
+            {"gtol": -1.0},
+            ValueError,
+            "gtol must be a non-negative number",
+        ),
         (
             (lambda x: x.sum(), torch.ones(2)),
             {"max_iter": 0},
@@ -228,3 +233,13 @@ def test_arguments_of_other_minimisers_are_named(name, remedy):
         optim.minimize(lambda x: x.sum(), torch.ones(2), **{name: None})
     assert str(caught.value).startswith(text)
     assert remedy in str(caught.value)
+
+
+def test_tolerances_of_zero_are_met_by_no_point():
+    """The run goes on to the noise floor, as the last digit of the minimum asks."""
+    off = dict(gtol=0.0, xtol=0.0, ftol=0.0)
+    x0 = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    result = optim.minimize(lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2 + 1, x0, **off)
+    torch.testing.assert_close(result.x, torch.ones_like(x0), rtol=1e-10, atol=0)
+    fit = optim.least_squares(lambda x: torch.stack([1 - x[0], 10 * (x[1] - x[0] ** 2)]), x0, **off)
+    torch.testing.assert_close(fit.x, torch.ones_like(x0), rtol=1e-12, atol=0)
