@@ -1,6 +1,7 @@
 """The order of imports, and the limits on size (CONTRIBUTING.md)."""
 
 import ast
+import importlib.util
 import statistics
 import subprocess
 from pathlib import Path
@@ -163,6 +164,7 @@ ORDER = [
     "optim.functions.curve_fit",
     "optim.functions.root",
     "optim",
+    "secondorder.optim",
 ]
 IMPORTS_NOTHING = ["optim.methods.control", "optim.methods.options", "optim.optimizers.report"]
 TOP_LEVEL = {
@@ -208,6 +210,11 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def package_of(module: str) -> str:
+    is_package = (ROOT / module.replace(".", "/")).is_dir()
+    return module if is_package else module.rpartition(".")[0]
+
+
 def layer(module: str) -> int:
     """Position of the deepest entry of ORDER that the module lies in; -1 when there is none."""
     while module:
@@ -217,14 +224,14 @@ def layer(module: str) -> int:
     return -1
 
 
-def own_imports(tree: ast.Module) -> list[str]:
+def own_imports(tree: ast.Module, package: str) -> list[str]:
     names = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            full = [f"{node.module}.{alias.name}" for alias in node.names]
-            names += [
-                name if (ROOT / (name.replace(".", "/") + ".py")).exists() else node.module for name in full
-            ]
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            module = importlib.util.resolve_name(module, package)
+            full = [f"{module}.{alias.name}" for alias in node.names]
+            names += [name if (ROOT / (name.replace(".", "/") + ".py")).exists() else module for name in full]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
     return [name for name in names if name.split(".")[0] in ("secondorder", "optim")]
@@ -243,11 +250,19 @@ def test_every_file_has_a_place_in_the_order(source):
 
 def test_imports_point_upwards(source):
     module, _, tree = source
-    for imported in own_imports(tree):
+    imports = own_imports(tree, package_of(module))
+    for imported in imports:
         same_entry = layer(imported) == layer(module)
         assert layer(imported) < layer(module) or same_entry, f"{module} imports {imported}"
     if module in IMPORTS_NOTHING:
-        assert own_imports(tree) == []
+        assert imports == []
+
+
+def test_optim_imports_itself_relatively(source):
+    """It is loaded as ``secondorder.optim`` where another module has its name."""
+    module, _, tree = source
+    absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0]
+    assert "optim" not in [name.split(".")[0] for name in absolute], module
 
 
 def test_no_import_inside_a_function(source):

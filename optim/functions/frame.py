@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.variables import Variables
 from secondorder import LinearOperator
+
+from .variables import Variables
 
 # The scale of a variable halves at most in a step, or one that was steep at the start would be held for ever.
 DECAY = 0.5

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.frame import Frame, scale_by
-from optim.methods.formed import Formed
-from optim.methods.problem import QuadraticModel, norm
-from optim.methods.subspace import Bound, Solution, bounded
 from secondorder import MatrixOperator
 from secondorder.solvers import diagonal, eigsh
+
+from ..methods.formed import Formed
+from ..methods.problem import QuadraticModel, norm
+from ..methods.subspace import Bound, Solution, bounded
+from .frame import Frame, scale_by
 
 # Beside 1000 eigenvalues down to zero they find one that is negative by a hundredth of the largest, or more.
 LANCZOS_STEPS = 60

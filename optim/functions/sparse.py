@@ -7,8 +7,15 @@ import torch
 from scipy.sparse import csc_matrix, diags
 from torch import Tensor
 
-from optim.functions.frame import Frame, scale_by
-from optim.functions.newton import (
+from secondorder import FunctionOperator
+from secondorder.functional import sparse_hessian
+
+from ..methods.control import Rule
+from ..methods.factored import Factored
+from ..methods.problem import QuadraticModel, norm
+from ..methods.subspace import Subspace
+from .frame import Frame, scale_by
+from .newton import (
     NEAR,
     Newton,
     Report,
@@ -17,14 +24,8 @@ from optim.functions.newton import (
     is_near,
     is_short,
 )
-from optim.functions.problem import Evaluation, FunctionProblem
-from optim.functions.saddle import Line, look_around
-from optim.methods.control import Rule
-from optim.methods.factored import Factored
-from optim.methods.problem import QuadraticModel, norm
-from optim.methods.subspace import Subspace
-from secondorder import FunctionOperator
-from secondorder.functional import sparse_hessian
+from .problem import Evaluation, FunctionProblem
+from .saddle import Line, look_around
 
 
 class Sparse(Newton):

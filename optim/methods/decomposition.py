@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optim.methods.forms import LARGE
-from optim.methods.problem import Rows
+from .forms import LARGE
+from .problem import Rows
 
 # Units of rounding to which A A^T is known: below that damping needs the singular values of A itself.
 RESOLUTION = 100.0

@@ -7,9 +7,10 @@ import time
 import torch
 from torch import Tensor
 
-from optim.methods.problem import QuadraticModel
-from optim.methods.subspace import Bound, Diagonal, Solution, least_damping
 from secondorder.solvers.direct import Spectrum
+
+from .problem import QuadraticModel
+from .subspace import Bound, Diagonal, Solution, least_damping
 
 
 class Formed:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from optim.methods import control
-from optim.methods.problem import Problem, QuadraticModel, Trial
+from . import control
+from .problem import Problem, QuadraticModel, Trial
 
 
 class Judgement(NamedTuple):
