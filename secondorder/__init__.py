@@ -1,5 +1,8 @@
 """Second-order products, operators, solvers and influence functions for PyTorch."""
 
+import importlib
+from typing import Any
+
 from secondorder.data.objective import Objective
 from secondorder.functional import hessian, hvp, jacobian, jvp, vhp, vjp
 from secondorder.functional.gauss_newton import fvp, ggnvp
@@ -39,6 +42,8 @@ from secondorder.solvers import (
     trace,
     trust_region,
 )
+
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     # products and matrices of functions
@@ -96,3 +101,15 @@ __all__ = [
     "NystromPreconditioner",
     "nystrom",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``secondorder.optim``, which imports this package, is loaded when it is asked for."""
+    if name == "optim":
+        return importlib.import_module("secondorder.optim")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*__all__, "optim"])
