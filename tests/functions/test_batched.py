@@ -145,6 +145,20 @@ def test_saddles_are_left_and_flat_ones_named():
     assert not bool(flat.success.any())
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_saddles_that_steps_lead_to_are_left(scale):
+    """From there the gradient has no part along the negative curvature, which may be small beside the other."""
+    x0 = torch.tensor([[1.0, 0.0], [-3.0, 0.0], [1.0, 2.0]], dtype=DOUBLE)
+
+    def fun(x):
+        return x[:, 0] ** 2 / scale + scale * (x[:, 1] ** 4 / 4 - x[:, 1] ** 2)
+
+    result = optim.minimize(fun, x0, batched=True)
+    assert set(result.status) == {"converged"}
+    expected = torch.tensor([[0.0, math.sqrt(2)]] * 3, dtype=DOUBLE)
+    torch.testing.assert_close(result.x.abs(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_what_has_no_minimum():
     x0 = torch.tensor([[1.0], [2.0]], dtype=DOUBLE)
     result = optim.minimize(

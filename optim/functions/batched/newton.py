@@ -210,7 +210,8 @@ class _Run:
         is_definite = pivot > DEFINITE * at.damping + self._eps * g.shape[1]
         predicted = -(g * z).sum(1) - 0.5 * (z * (scaled @ z.unsqueeze(2))[:, :, 0]).sum(1)
         step = z / at.units
-        is_saddle = self._is_small() & ~is_definite & (at.damping <= LOOSE)
+        # Along an entry of the gradient that is zero no step goes, whatever the damping.
+        is_saddle = self._is_small() & ~is_definite & ((at.damping <= LOOSE) | self._vanishes())
         status = self._verdict(step, predicted, is_definite)
         return Plan(step, predicted, pivot > 0, is_saddle, status.to(torch.int8))
 
@@ -237,12 +238,17 @@ class _Run:
     def _is_small(self) -> Tensor:
         return self._at.gradient.abs().amax(1) <= self._tolerances.gtol
 
+    def _vanishes(self) -> Tensor:
+        """Where nothing but rounding is left of the gradient."""
+        size = self._at.value.abs().clamp(min=1.0)
+        return self._at.gradient.abs().amax(1) <= self._eps * size
+
     def _verdict(self, step: Tensor, predicted: Tensor, is_definite: Tensor) -> Tensor:
         """What the points are that a step would not change."""
         at, tolerances = self._at, self._tolerances
         size = at.value.abs()
         is_near = (step.abs() <= tolerances.xtol * at.x.abs()).all(1) | (predicted <= tolerances.ftol * size)
-        is_near |= at.gradient.abs().amax(1) <= self._eps * size.clamp(min=1.0)
+        is_near |= self._vanishes()
         done = self._is_small() & is_near & (at.damping <= LOOSE) & is_definite
         return torch.where(done, CODES["converged"], 0)
 
