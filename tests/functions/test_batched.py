@@ -147,7 +147,7 @@ def test_saddles_are_left_and_flat_ones_named():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 def test_saddles_that_steps_lead_to_are_left(scale):
-    """From there the gradient has no part along the negative curvature, which may be small beside the other."""
+    """From there the gradient has no part along the negative curvature, small beside the other or not."""
     x0 = torch.tensor([[1.0, 0.0], [-3.0, 0.0], [1.0, 2.0]], dtype=DOUBLE)
 
     def fun(x):
