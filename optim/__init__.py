@@ -8,6 +8,7 @@ from .functions.root import root
 from .optimizers.gauss_newton import GaussNewton
 from .optimizers.hessian_free import HessianFree
 from .optimizers.newton import Newton
+from .optimizers.progress import LogTo
 from .optimizers.report import StepReport
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "LeastSquaresResult",
     # what a step did
     "StepReport",
+    "LogTo",
 ]

@@ -117,6 +117,7 @@ ORDER = [
     "optim.methods.step",
     "optim.optimizers",
     "optim.optimizers.report",
+    "optim.optimizers.progress",
     "optim.optimizers.groups",
     "optim.optimizers.checkpoint",
     "optim.optimizers.checks",

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from . import control
 from .control import Rule
 from .judge import Judgement, judge
@@ -139,7 +141,10 @@ class Step:
         predicted = solution.predicted(rate)
         step = solution.step if rate == 1.0 else rate * solution.step
         if not (math.isfinite(predicted) and predicted > 0):
-            return _Attempt(size, solution, Trial(step, math.nan), Judgement(-math.inf), size)
+            # Rounding of the model, where its terms cancel: another size would show no more of it.
+            is_quiet = abs(predicted) <= torch.finfo(step.dtype).eps * abs(self._model.value)
+            judgement = Judgement(-math.inf, is_quiet, is_seen=False)
+            return _Attempt(size, solution, Trial(step, math.nan), judgement, size)
         trial = self._problem.evaluate(step)._replace(norm=abs(rate) * solution.norm)
         return _Attempt(size, solution, trial, judge(self._problem, self._model, trial, predicted), size)
 

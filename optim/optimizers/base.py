@@ -30,7 +30,8 @@ from .decay import WeightDecay
 from .groups import Groups, joint, moving
 from .kept import VALUES, Kept, column_scale
 from .problem import ClosureProblem
-from .report import History, StepReport
+from .progress import Reporting
+from .report import StepReport
 from .sampling import Sampler
 from .stepping import Method, find_step, make_state
 
@@ -38,13 +39,10 @@ from .stepping import Method, find_step, make_state
 LEARNED: dict[str, Any] = {"batch_noise": None, "gradient_norm": None, "usual_products": 0.0, VALUES: ()}
 
 
-class SecondOrderOptimizer(torch.optim.Optimizer):
+class SecondOrderOptimizer(Reporting):
     """Base of the optimizers: one ``step`` for all of them."""
 
-    report: StepReport | None = None
-    history: History | None = None
     _model: nn.Module | None = None
-    _callback: Callable[[StepReport], Any] | None = None
     # Evaluates the loss of a part of the data, for its curvature.
     _part: Callable[[], Any] | None = None
 
@@ -56,14 +54,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self._part, defaults["curvature_batch"] = part, None
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be a function of a StepReport, got {type(callback).__name__}.")
         # Before torch looks at the parameters, as its own optimizers do.
         self._check_options(defaults)
         check_flags({**defaults, "history": history})
         make_plain(defaults, list(defaults))
         super().__init__(params, defaults)
-        self.history, self._callback = History() if history else None, callback
+        self._report_to(history, callback)
         self._watch(model)
 
     def _watch(self, model: nn.Module | None) -> None:
@@ -134,7 +130,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and copy take: the model too, but not what it was seen to do."""
-        names = ("report", "history", "_model", "_callback", "_part")
+        names = ("report", "history", "_progress", "_model", "_callback", "_part")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -188,11 +184,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         evaluator = self._source.evaluator(closure, parameters, sign)
         with evaluator.restored_on_error(), _restored(self), self._source.suspended():
             loss, report = self._step(evaluator, state, parameters)
-        self.report = report
-        if self.history is not None:
-            self.history.append(report)
-        if self._callback is not None:
-            self._callback(report)
+        self._tell(report, torch.finfo(parameters[0].dtype).eps)
+        self._notices.once("wasted", self._progress.wasted())
         return loss
 
     def _step(

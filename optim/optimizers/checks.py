@@ -16,6 +16,9 @@ from .report import NOT_TRIED
 # between two runs in single precision, which autocast computes in half.
 MISMATCH = 1e-3
 
+# Packages that a warning does not point into; ours may be loaded as secondorder.optim.
+OWN = ("optim", "secondorder", "torch")
+
 # Of an optimizer, the option, and why.
 UNSAMPLED = (
     "{} was asked for curvature_batch={}, but takes {}. Call one module that keeps samples apart, with a row"
@@ -101,6 +104,6 @@ class Notices:
 def _level_of_caller() -> int:
     """The ``stacklevel`` of the first frame outside this library and torch, seen from the caller."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("optim", "torch"):
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in OWN:
         level, frame = level + 1, frame.f_back
     return level
