@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import zoo
@@ -7,6 +9,10 @@ from hypothesis import settings
 
 # Otherwise torch gives each of its warnings once a process, and only one test would fail of it.
 torch.set_warn_always(True)
+# Workers of pytest-xdist share the cores.
+torch.set_num_threads(
+    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("suite")
 

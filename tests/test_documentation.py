@@ -41,7 +41,7 @@ def test_readme_block_runs(block, capsys):
 
 def test_readme_states_the_two_commands():
     assert "pip install -e '.[examples]' && python examples/digits.py" in README
-    assert "pip install -e '.[test]' && pytest" in README
+    assert "pip install -e '.[test]' && pytest -n 2" in README
 
 
 def test_readme_training_block_keeps_its_promise():
