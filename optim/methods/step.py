@@ -141,16 +141,13 @@ class Step:
         predicted = solution.predicted(rate)
         step = solution.step if rate == 1.0 else rate * solution.step
         if not (math.isfinite(predicted) and predicted > 0):
-            # Rounding of the model, where its terms cancel: another size would show no more of it.
-            is_quiet = abs(predicted) <= torch.finfo(step.dtype).eps * abs(self._model.value)
-            judgement = Judgement(-math.inf, is_quiet, is_seen=False)
-            return _Attempt(size, solution, Trial(step, math.nan), judgement, size)
+            return _Attempt(size, solution, Trial(step, math.nan), Judgement(-math.inf), size)
         trial = self._problem.evaluate(step)._replace(norm=abs(rate) * solution.norm)
         return _Attempt(size, solution, trial, judge(self._problem, self._model, trial, predicted), size)
 
     def _retreat(self, attempt: _Attempt) -> tuple[_Attempt, float]:
         """More damping, or a smaller radius, until the model is right enough; the best of what was tried."""
-        best = attempt if attempt.is_accepted else None
+        first, best = attempt, attempt if attempt.is_accepted else None
         while self._trials < self._options.max_trials and not attempt.is_final:
             attempt = self._attempt(attempt.following)
             if not attempt.is_better(best):
@@ -160,10 +157,17 @@ class Step:
             best = attempt
             if attempt.rho > self._options.least_ratio:
                 break
+        if best is None and self._is_rounding(first.solution):
+            return attempt._replace(judgement=Judgement(-math.inf, is_quiet=True)), first.size
         if best is None or best.rho < control.LOW:
             return best or attempt, (best or attempt).following
         # No bolder than what was just refused.
         return best, best.size
+
+    def _is_rounding(self, solution: Solution) -> bool:
+        """Whether the terms of the prediction cancel: no other size is better, nor learned from."""
+        predicted = solution.predicted(self._options.rate)
+        return -torch.finfo(solution.step.dtype).eps * abs(self._model.value) <= predicted <= 0
 
     def _advance(self, best: _Attempt) -> tuple[_Attempt, float]:
         """Less damping, or a larger radius, while the model is right and the objective falls."""

@@ -30,7 +30,7 @@ from .decay import WeightDecay
 from .groups import Groups, joint, moving
 from .kept import VALUES, Kept, column_scale
 from .problem import ClosureProblem
-from .progress import Reporting
+from .progress import Progress, Reporting
 from .report import StepReport
 from .sampling import Sampler
 from .stepping import Method, find_step, make_state
@@ -183,14 +183,18 @@ class SecondOrderOptimizer(Reporting):
         sign = -1 if self.param_groups[0]["maximize"] else 1
         evaluator = self._source.evaluator(closure, parameters, sign)
         with evaluator.restored_on_error(), _restored(self), self._source.suspended():
-            loss, report = self._step(evaluator, state, parameters)
-        self._tell(report, torch.finfo(parameters[0].dtype).eps)
-        self._notices.once("wasted", self._progress.wasted())
+            loss, report, progress = self._step(evaluator, state, parameters)
+        # No call that an interrupt could come in: the step is taken.
+        self.report, self._progress = report, progress
+        if self.history is not None:
+            self.history.append(report)
+        if self._callback is not None:
+            self._callback(report)
         return loss
 
     def _step(
         self, evaluator: ClosureEvaluator, state: Kept, parameters: list[Tensor]
-    ) -> tuple[Tensor, StepReport]:
+    ) -> tuple[Tensor, StepReport, Progress]:
         """Record, model, minimise, move."""
         clock = Clock()
         sampler = Sampler(evaluator, self.param_groups[0], self._part, parameters)
@@ -212,8 +216,10 @@ class SecondOrderOptimizer(Reporting):
         cost = Cost(repeated, curvature.product, curvature.set_up)
         bounded = method.size, self.param_groups[0][method.size]
         report = reported(problem, result, bounded, curvature.description, cost, clock)
+        progress = self._progress.after(report, torch.finfo(parameters[0].dtype).eps)
+        self._notices.once("wasted", progress.wasted())
         problem.move(result.outcome.trial, then=lambda: self._source.close(parameters))
-        return evaluation.loss, report
+        return evaluation.loss, report, progress
 
 
 def _has_something(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,17 +43,20 @@ TEXTS = {
 }
 
 
-class Progress:
-    """The last reports of an optimizer."""
+class Progress(NamedTuple):
+    """The last reports of an optimizer.
 
-    def __init__(self) -> None:
-        self._reports: deque[StepReport] = deque(maxlen=RECENT)
-        self._eps = 0.0
+    Attributes:
+        reports: At most ``RECENT``.
+        eps: Rounding of their losses.
+    """
 
-    def add(self, report: StepReport, eps: float) -> None:
-        """One more step, of a loss with rounding ``eps``."""
-        self._reports.append(report)
-        self._eps = eps
+    reports: tuple[StepReport, ...] = ()
+    eps: float = 0.0
+
+    def after(self, report: StepReport, eps: float) -> Progress:
+        """With one more."""
+        return Progress((*self.reports, report)[-RECENT:], eps)
 
     @property
     def status(self) -> str:
@@ -64,9 +66,9 @@ class Progress:
     def explain(self) -> str:
         """The same in a sentence, with what to try."""
         kind, count = self._verdict()
-        last, means = (self._reports or (None,))[-1], _means(self._reports)
+        last, means = (self.reports or (None,))[-1], _means(self.reports)
         size = "damping" if last is None or math.isinf(last.radius) else "radius"
-        more = "; for more digits use torch.float64" if self._eps > torch.finfo(torch.float64).eps else ""
+        more = "; for more digits use torch.float64" if self.eps > torch.finfo(torch.float64).eps else ""
         text = TEXTS[kind].format(
             last=last, count=count, size=size, more=more, half=RECENT // 2, old=means[0], new=means[1]
         )
@@ -81,15 +83,15 @@ class Progress:
 
     def _verdict(self) -> tuple[str, int]:
         """And of how many steps it is."""
-        if not self._reports:
+        if not self.reports:
             return "new", 0
-        last = self._reports[-1]
+        last = self.reports[-1]
         if last.status == "zero_lr":
             return "zero_lr", 1
         if last.noisy:
-            old, new, error = _means(self._reports)
-            kinds = ("noisy", "stalled by noise") if len(self._reports) == RECENT else ("running",) * 2
-            return kinds[not new < old - error], len(self._reports)
+            old, new, error = _means(self.reports)
+            kinds = ("noisy", "stalled by noise") if len(self.reports) == RECENT else ("running",) * 2
+            return kinds[not new < old - error], len(self.reports)
         for kind, least in (("non_finite", 1), ("not_tried", 1), ("converged", ENOUGH), ("stalled", ENOUGH)):
             count = self._in_a_row(kind)
             if count >= least or (kind == "converged" and last.status == "zero_gradient"):
@@ -98,7 +100,7 @@ class Progress:
 
     def _in_a_row(self, kind: str) -> int:
         count = 0
-        for report in reversed(self._reports):
+        for report in reversed(self.reports):
             if not self._is(report, kind):
                 break
             count += 1
@@ -111,7 +113,7 @@ class Progress:
         if kind == "not_tried":
             return report.accepted and math.isnan(report.new_loss)
         if kind == "converged":
-            is_rounding = report.accepted and change <= ROUNDING * self._eps * abs(report.loss)
+            is_rounding = report.accepted and change <= ROUNDING * self.eps * abs(report.loss)
             return is_rounding or report.status in AT_REST
         return not report.accepted
 
@@ -145,15 +147,6 @@ class Reporting(torch.optim.Optimizer):
             raise TypeError(f"callback must be a function of a StepReport, got {type(callback).__name__}.")
         self.history, self._callback = History() if history else None, callback
         self._progress = Progress()
-
-    def _tell(self, report: StepReport, eps: float) -> None:
-        """Of a step that was taken, of a loss with rounding ``eps``."""
-        self.report = report
-        self._progress.add(report, eps)
-        if self.history is not None:
-            self.history.append(report)
-        if self._callback is not None:
-            self._callback(report)
 
     @property
     def converged(self) -> bool:

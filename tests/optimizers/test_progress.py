@@ -78,16 +78,16 @@ def test_refused_steps_are_stalled(make):
     progress = Progress()
     for _ in range(ENOUGH):
         assert progress.status in ("new", "running")
-        progress.add(refused, 1e-7)
+        progress = progress.after(refused, 1e-7)
     assert progress.explain().startswith(f"stalled: the last {ENOUGH} steps were refused")
     assert ("radius" if make is optim.Newton else "damping") in progress.explain()
     assert progress.wasted() == ""
     for _ in range(WASTED):
-        progress.add(refused, 1e-7)
+        progress = progress.after(refused, 1e-7)
     assert progress.wasted().startswith("stalled: ")
-    progress.add(optimizer.report, 1e-7)
+    progress = progress.after(optimizer.report, 1e-7)
     assert progress.status == "running"
-    progress.add(optimizer.report._replace(status="non_finite", accepted=False), 1e-7)
+    progress = progress.after(refused._replace(status="non_finite"), 1e-7)
     assert progress.status == "non_finite"
 
 
