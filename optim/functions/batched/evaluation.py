@@ -82,11 +82,30 @@ def batch_of(fun: Callable[..., Any], x0: Tensor, args: tuple[Any, ...], in_dims
     return Batch(fun, args, dims, tuple(x0.shape[1:]), is_mapped)
 
 
+def graph_of(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, one for each problem, with a graph to a copy of x.
+
+    Raises:
+        ValueError: ``fun`` returns another number of values.
+    """
+    with torch.enable_grad():
+        y = x.detach().requires_grad_()
+        value = batch(y)
+    if value.ndim != 1:
+        raise ValueError(f"fun must return one number for each problem, got shape {tuple(value.shape)}.")
+    return value, y
+
+
+def sample(x: Tensor) -> Tensor:
+    """Places of a few problems, the first and the last among them."""
+    return torch.linspace(0, len(x) - 1, min(SAMPLE, len(x)), device=x.device).round().long().unique()
+
+
 def is_separable(batch: Batch, x: Tensor, values: Tensor) -> bool:
     """Whether some problems alone have the values that they have among all: others may be left out."""
     if batch.is_mapped:
         return True
-    index = torch.linspace(0, len(x) - 1, min(SAMPLE, len(x)), device=x.device).round().long().unique()
+    index = sample(x)
     try:
         alone = batch.at(index)(x[index])
     except (RuntimeError, ValueError, IndexError):

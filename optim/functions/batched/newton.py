@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from optim.functions.batched import control
-from optim.functions.batched.evaluation import Batch, is_separable
+from optim.functions.batched.evaluation import Batch, graph_of, is_separable, sample
 from optim.functions.batched.factors import cholesky_solve
+from optim.functions.batched.separable import Form, form_of, moved
 from optim.functions.batched.state import CODES, Ledger, Solved
 from optim.methods.control import ACCEPTANCE, CANCELLATION, NOISE_FACTOR
 
@@ -22,6 +23,8 @@ DEFINITE = 10.0
 LOOSE = 1e-3
 # The scale of a variable halves at most in a step.
 DECAY = 0.5
+# Rounding of two ways to the same Hessian, in units of its largest entry.
+SAME = 1e4
 # A value below this, relative to the start, has no minimum near it.
 UNBOUNDED = -1e30
 
@@ -73,27 +76,81 @@ def solve(batch: Batch, x0: Tensor, tolerances: Tolerances, max_iter: int) -> So
     return _Run(batch, x0, tolerances).to_the_end(max_iter)
 
 
-def derivatives(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, gradients and Hessians, from one graph of the sum over the problems."""
+def derivatives(batch: Batch, x: Tensor, form: Form | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, gradients and Hessians, from one graph of the sum over the problems.
+
+    Args:
+        batch: Values, (L,).
+        x: Shape (L, n).
+        form: Of the function, where it has one: its Hessians cost about as much as a gradient.
+    """
+    return _of_graph(*graph_of(batch, x), form)
+
+
+def _of_graph(value: Tensor, y: Tensor, form: Form | None) -> tuple[Tensor, Tensor, Tensor]:
+    if not value.requires_grad:
+        zero = torch.zeros_like(y, requires_grad=False)
+        return value, zero, zero.unsqueeze(2).expand(-1, -1, y.shape[1])
+    H = None if form is None else form.hessian(value, y)
+    if H is not None:
+        (g,) = torch.autograd.grad(value.sum(), y)
+        return value.detach(), g, H
     with torch.enable_grad():
-        y = x.detach().requires_grad_()
-        value = batch(y)
-        if value.ndim != 1:
-            raise ValueError(f"fun must return one number for each problem, got shape {tuple(value.shape)}.")
-        zero = torch.zeros_like(x)
-        if not value.requires_grad:
-            return value, zero, zero.unsqueeze(2).expand(-1, -1, x.shape[1])
         (g,) = torch.autograd.grad(value.sum(), y, create_graph=True)
-        rows = []
-        for part in g.sum(0).unbind():
-            row = (
-                torch.autograd.grad(part, y, retain_graph=True, allow_unused=True)[0]
-                if g.requires_grad
-                else None
-            )
-            rows.append(zero if row is None else row)
-    H = torch.stack(rows, 1)
+        H = _rows(g, y)
     return value.detach(), g.detach(), (H + H.transpose(1, 2)) / 2
+
+
+def _rows(g: Tensor, y: Tensor) -> Tensor:
+    """Derivatives of each entry of the gradients, one backward pass for all problems."""
+    zero, rows = torch.zeros_like(y, requires_grad=False), []
+    for part in g.sum(0).unbind():
+        row = (
+            torch.autograd.grad(part, y, retain_graph=True, allow_unused=True)[0] if g.requires_grad else None
+        )
+        rows.append(zero if row is None else row)
+    return torch.stack(rows, 1)
+
+
+def has_form(batch: Batch, x: Tensor) -> bool:
+    """Whether a form is found for a sample of the problems, and has their Hessians near x."""
+    if x.shape[1] < 2:
+        # One backward pass is what it would save.
+        return False
+    index = sample(x)
+    some, at = batch.at(index), x[index]
+    form = form_of(*graph_of(some, at))
+    if form is None:
+        return False
+    near = moved(at)
+    H = form.hessian(*graph_of(some, near))
+    expected = derivatives(some, near)[2]
+    size = float(expected.abs().amax())
+    return H is not None and torch.allclose(
+        H, expected, rtol=0.0, atol=size * SAME * torch.finfo(x.dtype).eps, equal_nan=True
+    )
+
+
+class Plan(NamedTuple):
+    """Steps of the problems that are left, before they are tried.
+
+    Attributes:
+        step: Shape (L, n).
+        predicted: Decrease of the model, shape (L,).
+        is_solved: The damped Hessian is definite.
+        is_saddle: The gradient is small, and the Hessian not definite.
+        status: Of what a step would not change; 0 elsewhere.
+    """
+
+    step: Tensor
+    predicted: Tensor
+    is_solved: Tensor
+    is_saddle: Tensor
+    status: Tensor
+
+    def kept(self, index: Tensor) -> Plan:
+        """Of some of them."""
+        return Plan(*(part[index] for part in self))
 
 
 class _Run:
@@ -101,7 +158,10 @@ class _Run:
 
     def __init__(self, batch: Batch, x0: Tensor, tolerances: Tolerances) -> None:
         self._batch, self._tolerances, self._eps = batch, tolerances, torch.finfo(x0.dtype).eps
-        value, g, H = derivatives(batch, x0)
+        value, y = graph_of(batch, x0)
+        self._is_separable = is_separable(batch, x0, value.detach())
+        self._form = form_of(value, y) if self._is_separable and has_form(batch, x0) else None
+        value, g, H = _of_graph(value, y, self._form)
         self._count = 1
         ones = torch.ones_like(value)
         self._at = At(
@@ -110,49 +170,67 @@ class _Run:
             floor=UNBOUNDED * value.abs().clamp(min=1.0),
         )
         self._ledger = Ledger(x0)
-        self._is_separable = is_separable(batch, x0, value)
+        # What the last round found out, to be written with what the next step tells.
+        self._status = torch.zeros_like(value, dtype=torch.int8)
 
     def to_the_end(self, max_iter: int) -> Solved:
         """Rounds, until all are done."""
-        self._settle(torch.zeros_like(self._at.value, dtype=torch.int8))
         for _ in range(max_iter):
+            plan = self._plan()
+            self._settle(torch.where(self._status > 0, self._status, plan.status))
             kept = self._ledger.left(self._is_separable)
             if kept is not None:
                 if not len(kept):
                     break
-                self._at, self._batch = self._at.kept(kept), self._batch.at(kept)
-            self._round()
+                self._keep(kept)
+                plan = plan.kept(kept)
+            self._round(plan)
+        else:
+            self._settle(self._status)
         count = self._count
         return self._ledger.solved(count, count, count)
 
-    def _round(self) -> None:
-        """A step of every problem, taken or not."""
-        at, eps = self._at, self._eps
-        self._ledger.count()
-        g = at.gradient / at.units
-        scaled = at.hessian / at.units.unsqueeze(1) / at.units.unsqueeze(2)
-        z, pivot = cholesky_solve(scaled + torch.diag_embed(at.damping.unsqueeze(1).expand_as(g)), -g)
+    def _keep(self, index: Tensor) -> None:
+        """Only some of the problems."""
+        self._at, self._batch, self._status = self._at.kept(index), self._batch.at(index), self._status[index]
+        if self._form is not None:
+            self._form = self._form.kept(index)
+
+    def _plan(self) -> Plan:
+        """Where every problem would step to. That a step is short needs no evaluation to be seen."""
+        at = self._at
+        g, inverse = at.gradient / at.units, at.units.reciprocal()
+        scaled = at.hessian * (inverse.unsqueeze(1) * inverse.unsqueeze(2))
+        damped = scaled.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(at.damping.unsqueeze(1))
+        z, pivot = cholesky_solve(damped, -g)
         # Damping alone makes pivots of its own size.
-        is_definite = pivot > DEFINITE * at.damping + eps * g.shape[1]
+        is_definite = pivot > DEFINITE * at.damping + self._eps * g.shape[1]
         predicted = -(g * z).sum(1) - 0.5 * (z * (scaled @ z.unsqueeze(2))[:, :, 0]).sum(1)
         step = z / at.units
         is_saddle = self._is_small() & ~is_definite & (at.damping <= LOOSE)
         status = self._verdict(step, predicted, is_definite)
-        value, gradient, H = derivatives(self._batch, at.x + step)
+        return Plan(step, predicted, pivot > 0, is_saddle, status.to(torch.int8))
+
+    def _round(self, plan: Plan) -> None:
+        """A step of every problem, taken or not."""
+        at, step, predicted = self._at, plan.step, plan.predicted
+        self._ledger.count()
+        value, gradient, H = derivatives(self._batch, at.x + step, self._form)
         self._count += 1
         is_finite = value.isfinite() & gradient.sum(1).isfinite() & H.sum((1, 2)).isfinite()
-        is_usable = is_finite & (pivot > 0) & (predicted > 0)
-        actual, limit = at.value - value, NOISE_FACTOR * eps * at.value.abs()
+        is_usable = is_finite & plan.is_solved & (predicted > 0)
+        actual, limit = at.value - value, NOISE_FACTOR * self._eps * at.value.abs()
         trapezoid = -0.5 * ((at.gradient + gradient) * step).sum(1)
         is_quiet = (predicted <= limit) & (actual.abs() <= CANCELLATION * limit)
         rho = torch.where(is_usable, torch.where(is_quiet, trapezoid, actual) / predicted, -math.inf)
-        stuck = is_quiet & is_usable & (rho <= ACCEPTANCE)
-        status = torch.where((status == 0) & stuck, CODES["noise_floor"], status)
-        self._move(rho, (status == 0) & ~is_saddle, at.x + step, value, gradient, H)
+        stuck = is_quiet & is_usable & (rho <= ACCEPTANCE) & self._ledger.live
+        status = torch.where(stuck, CODES["noise_floor"], 0)
+        self._move(rho, ~stuck & ~plan.is_saddle & self._ledger.live, at.x + step, value, gradient, H)
         status = torch.where((status == 0) & (self._at.damping > MOST_DAMPING), CODES["damping"], status)
         status = torch.where((status == 0) & (self._at.value < at.floor), CODES["unbounded"], status)
-        self._settle(status.to(torch.int8))
-        self._leave(is_saddle & self._ledger.live)
+        self._status = status.to(torch.int8)
+        self._leave(plan.is_saddle & self._ledger.live)
 
     def _is_small(self) -> Tensor:
         return self._at.gradient.abs().amax(1) <= self._tolerances.gtol
@@ -216,7 +294,7 @@ class _Run:
         x = at.x.clone()
         for _ in range(TRIES):
             x[index] = at.x[index] + (up * size).unsqueeze(1) * lowest
-            value, gradient, H = derivatives(self._batch, x)
+            value, gradient, H = derivatives(self._batch, x, self._form)
             self._count += 1
             is_lower = value[index] < at.value[index]
             size = torch.where(is_lower, size, 0.1 * size)
