@@ -11,7 +11,7 @@ from torch import Tensor
 from optim.functions.batched import control
 from optim.functions.batched.evaluation import Batch, graph_of, is_separable, sample
 from optim.functions.batched.factors import cholesky_solve
-from optim.functions.batched.separable import Form, form_of, moved
+from optim.functions.batched.separable import SAME, Form, form_of, moved
 from optim.functions.batched.state import CODES, Ledger, Solved
 from optim.methods.control import ACCEPTANCE, CANCELLATION, NOISE_FACTOR
 
@@ -23,8 +23,6 @@ DEFINITE = 10.0
 LOOSE = 1e-3
 # The scale of a variable halves at most in a step.
 DECAY = 0.5
-# Rounding of two ways to the same Hessian, in units of its largest entry.
-SAME = 1e4
 # A value below this, relative to the start, has no minimum near it.
 UNBOUNDED = -1e30
 
@@ -91,10 +89,9 @@ def _of_graph(value: Tensor, y: Tensor, form: Form | None) -> tuple[Tensor, Tens
     if not value.requires_grad:
         zero = torch.zeros_like(y, requires_grad=False)
         return value, zero, zero.unsqueeze(2).expand(-1, -1, y.shape[1])
-    H = None if form is None else form.hessian(value, y)
-    if H is not None:
-        (g,) = torch.autograd.grad(value.sum(), y)
-        return value.detach(), g, H
+    closed = None if form is None else form.derivatives(value, y)
+    if closed is not None:
+        return value.detach(), *closed
     with torch.enable_grad():
         (g,) = torch.autograd.grad(value.sum(), y, create_graph=True)
         H = _rows(g, y)
@@ -123,11 +120,11 @@ def has_form(batch: Batch, x: Tensor) -> bool:
     if form is None:
         return False
     near = moved(at)
-    H = form.hessian(*graph_of(some, near))
+    closed = form.derivatives(*graph_of(some, near))
     expected = derivatives(some, near)[2]
     size = float(expected.abs().amax())
-    return H is not None and torch.allclose(
-        H, expected, rtol=0.0, atol=size * SAME * torch.finfo(x.dtype).eps, equal_nan=True
+    return closed is not None and torch.allclose(
+        closed[1], expected, rtol=0.0, atol=size * SAME * torch.finfo(x.dtype).eps, equal_nan=True
     )
 
 

@@ -7,6 +7,7 @@ and what joins the terms is linear again. Where an operation is not known, there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ LINEAR = frozenset(
     (
         *("Add", "Alias", "Clone", "Expand", "Neg", "Permute", "ReshapeAlias", "Select", "Slice", "Split"),
         *("Squeeze", "Stack", "Cat", "Sub", "Rsub", "Sum", "Mean", "T", "Transpose", "Unbind", "Unsqueeze"),
-        *("UnsafeView", "View", "Index", "IndexSelect"),
+        *("UnsafeView", "View"),
     )
 )
 # Linear where one factor has a derivative; Div where that is the numerator.
@@ -42,10 +43,14 @@ ELEMENTWISE = frozenset(
         *("Sinh", "Sin", "Cos", "Atan", "Asinh", "Erf", "Sqrt", "Rsqrt", "Reciprocal", "Abs", "Square"),
     )
 )
+# Linear, but what they do may depend on x: allowed only above the terms.
+CHOICES = frozenset(("Where", "Index", "IndexSelect", "Gather"))
 # Of several operands, entry by entry: those with a derivative have to be of the same entry.
 JOINING = frozenset(("Add", "Sub", "Rsub", "Mul", "Div", "Where"))
 # Of these the exponent is a number.
 POWERS = ("PowBackward0",)
+# Rounding of two ways to the same numbers, in units of the largest that were added.
+SAME = 1e4
 # Part of x, and of one, by which the sample is moved: many functions are special where they start.
 MOVED = 0.1
 
@@ -106,7 +111,7 @@ class _Reader:
         cut = self._cut(edges, kinds)
         if cut is not None and (name in ELEMENTWISE or whole in POWERS or name in JOINING):
             return _Kind("elementwise", cut)
-        if name not in LINEAR | PRODUCTS or (name in PRODUCTS and not is_one):
+        if name not in LINEAR | PRODUCTS | CHOICES or (name in PRODUCTS and not is_one):
             raise RefusedError
         for edge, kind in zip(edges, kinds, strict=True):
             self.add_root(edge, kind)
@@ -136,22 +141,35 @@ def terms_of(value: Tensor, x: Tensor) -> Terms | None:
     return Terms(tuple(reader.roots.values()), tuple(reader.names))
 
 
-def curvatures(value: Tensor, terms: Terms) -> dict[GradientEdge, Tensor]:
-    """Second derivative of the sum of the values by each entry of the cuts."""
+class Curved(NamedTuple):
+    """What the terms of a cut do, of the sum of the values.
+
+    Attributes:
+        slope: First derivative by each entry of the cut.
+        curvature: Second.
+    """
+
+    slope: Tensor
+    curvature: Tensor
+
+
+def curvatures(total: Tensor, terms: Terms) -> dict[GradientEdge, Curved]:
+    """Of each cut whose terms are curved."""
     edges = [root for root, _ in terms.roots]
-    with torch.enable_grad():
-        total = value.sum()
     weights = torch.autograd.grad(total, edges, retain_graph=True) if edges else ()
-    found: dict[GradientEdge, Tensor] = {}
+    found: dict[GradientEdge, Curved] = {}
     for (root, cut), weight in zip(terms.roots, weights, strict=True):
         (slope,) = torch.autograd.grad(root, cut, weight, create_graph=True)
         if not slope.requires_grad:
+            # A linear function of the cut; its slope is constant.
             continue
         with torch.enable_grad():
-            total = slope.sum()
-        (q,) = torch.autograd.grad(total, cut, retain_graph=True, allow_unused=True)
-        if q is not None:
-            found[cut] = found[cut] + q if cut in found else q
+            sum_of_slopes = slope.sum()
+        (q,) = torch.autograd.grad(sum_of_slopes, cut, retain_graph=True, allow_unused=True)
+        new = Curved(slope.detach(), torch.zeros_like(slope) if q is None else q)
+        if cut in found:
+            new = Curved(found[cut].slope + new.slope, found[cut].curvature + new.curvature)
+        found[cut] = new
     return found
 
 
@@ -161,31 +179,58 @@ class Form(NamedTuple):
     Attributes:
         names: Operations of its graph: another graph has another form.
         jacobians: Transposed, of each cut, shape (L, n, k); None for one that is x.
+        sizes: Largest norm of a row of each of these, shape (L,).
+        rest: Gradient of what is linear in x, shape (L, n).
     """
 
     names: tuple[str, ...]
     jacobians: tuple[Tensor | None, ...]
+    sizes: tuple[Tensor, ...]
+    rest: Tensor
 
     def kept(self, index: Tensor) -> Form:
         """Of some of the problems."""
-        return self._replace(jacobians=tuple(None if J is None else J[index] for J in self.jacobians))
+        jacobians = tuple(None if J is None else J[index] for J in self.jacobians)
+        return Form(self.names, jacobians, tuple(size[index] for size in self.sizes), self.rest[index])
 
-    def hessian(self, value: Tensor, x: Tensor) -> Tensor | None:
-        """Shape (L, n, n); None where the graph is not that of the form."""
+    def derivatives(self, value: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Gradients and Hessians, shapes (L, n) and (L, n, n); None where the graph is not that of the form.
+
+        The gradient tells it too: what is left of it without the terms is constant. One host read.
+        """
         terms = terms_of(value, x)
         if terms is None or terms.names != self.names:
             return None
-        found = list(curvatures(value, terms).values())
+        with torch.enable_grad():
+            total = value.sum()
+        found = list(curvatures(total, terms).values())
         if len(found) != len(self.jacobians):
+            return None
+        (g,) = torch.autograd.grad(total, x, retain_graph=True)
+        rest, size = _rest(g, self.jacobians, self.sizes, found)
+        error = (rest - self.rest).abs().amax(1)
+        if bool((error > SAME * torch.finfo(x.dtype).eps * (size + self.rest.abs().amax(1))).any()):
             return None
         L, n = x.shape
         H = x.new_zeros(L, n, n)
-        for J, q in zip(self.jacobians, found, strict=True):
+        for J, curved in zip(self.jacobians, found, strict=True):
             if J is None:
-                H.diagonal(dim1=1, dim2=2).add_(q.view(L, n))
+                H.diagonal(dim1=1, dim2=2).add_(curved.curvature.view(L, n))
             else:
-                H.baddbmm_(J * q.reshape(L, 1, -1), J.transpose(1, 2))
-        return H
+                H.baddbmm_(J * curved.curvature.reshape(L, 1, -1), J.transpose(1, 2))
+        return g, H
+
+
+def _rest(
+    g: Tensor, jacobians: Sequence[Tensor | None], sizes: Sequence[Tensor], found: Sequence[Curved]
+) -> tuple[Tensor, Tensor]:
+    """What of the gradient the terms do not explain, shape (L, n), and the size of what was added, (L,)."""
+    rest, size = g, g.abs().amax(1)
+    for J, largest, curved in zip(jacobians, sizes, found, strict=True):
+        slope = curved.slope.reshape(len(g), -1)
+        rest = rest - (slope if J is None else torch.bmm(J, slope.unsqueeze(2))[:, :, 0])
+        size = size + largest * torch.linalg.vector_norm(slope, dim=1)
+    return rest, size
 
 
 def form_of(value: Tensor, x: Tensor) -> Form | None:
@@ -197,15 +242,25 @@ def form_of(value: Tensor, x: Tensor) -> Form | None:
     if terms is None:
         return None
     with torch.enable_grad():
+        total = value.sum()
+        found = curvatures(total, terms)
+        (g,) = torch.autograd.grad(total, x, retain_graph=True)
         jacobians: list[Tensor | None] = []
-        for cut, q in curvatures(value, terms).items():
+        for cut, curved in found.items():
             if cut.node is get_gradient_edge(x).node:
                 jacobians.append(None)
-            elif not q.ndim or len(q) != len(x):
+            elif not curved.slope.ndim or len(curved.slope) != len(x):
                 return None
             else:
-                jacobians.append(_jacobian(cut, q, x))
-    return Form(terms.names, tuple(jacobians))
+                jacobians.append(_jacobian(cut, curved.slope, x))
+    sizes = tuple(
+        torch.ones_like(x[:, 0], requires_grad=False)
+        if J is None
+        else torch.linalg.vector_norm(J, dim=2).amax(1)
+        for J in jacobians
+    )
+    rest, _ = _rest(g, jacobians, sizes, list(found.values()))
+    return Form(terms.names, tuple(jacobians), sizes, rest)
 
 
 def _jacobian(cut: GradientEdge, like: Tensor, x: Tensor) -> Tensor:
