@@ -51,6 +51,9 @@ JOINING = frozenset(("Add", "Sub", "Rsub", "Mul", "Div", "Where"))
 POWERS = ("PowBackward0",)
 # Rounding of two ways to the same numbers, in units of the largest that were added.
 SAME = 1e4
+# Numbers of a Jacobian that are multiplied at once on a CPU: the product of all would be new memory each
+# time, which costs more than to multiply.
+CHUNK = 2**18
 # Part of x, and of one, by which the sample is moved: many functions are special where they start.
 MOVED = 0.1
 
@@ -217,8 +220,15 @@ class Form(NamedTuple):
             if J is None:
                 H.diagonal(dim1=1, dim2=2).add_(curved.curvature.view(L, n))
             else:
-                H.baddbmm_(J * curved.curvature.reshape(L, 1, -1), J.transpose(1, 2))
+                _add_products(H, J, curved.curvature.reshape(L, 1, -1))
         return g, H
+
+
+def _add_products(H: Tensor, J: Tensor, q: Tensor) -> None:
+    """Add ``J diag(q) J'`` to H, a part of the problems at a time."""
+    rows = max(1, CHUNK // J[0].numel()) if J.device.type == "cpu" else len(J)
+    for some, at, by in zip(H.split(rows), J.split(rows), q.split(rows), strict=True):
+        some.baddbmm_(at * by, at.transpose(1, 2))
 
 
 def _rest(
