@@ -397,3 +397,11 @@ def test_problems_that_are_done_are_not_evaluated_again():
     assert max(sizes[1:]) <= 3
     assert sizes[-1] == 1
     assert result.nit.tolist() == [result.nfev - 1] + [0] * 9
+
+
+def test_the_last_step_may_be_the_one_that_converges():
+    x0 = torch.ones(3, 2, dtype=DOUBLE)
+    quadratic = optim.minimize(lambda x: (x - 3).square().sum(1) + 1, x0, batched=True, max_iter=2)
+    assert bool(quadratic.success.all()), quadratic.message
+    short = optim.minimize(lambda x: (x - 3).cosh().sum(1), x0, batched=True, max_iter=2)
+    assert set(short.status) == {"max_iter"}

@@ -173,8 +173,7 @@ class _Run:
     def to_the_end(self, max_iter: int) -> Solved:
         """Rounds, until all are done."""
         for _ in range(max_iter):
-            plan = self._plan()
-            self._settle(torch.where(self._status > 0, self._status, plan.status))
+            plan = self._looked()
             kept = self._ledger.left(self._is_separable)
             if kept is not None:
                 if not len(kept):
@@ -183,9 +182,15 @@ class _Run:
                 plan = plan.kept(kept)
             self._round(plan)
         else:
-            self._settle(self._status)
+            self._looked()
         count = self._count
         return self._ledger.solved(count, count, count)
+
+    def _looked(self) -> Plan:
+        """The next steps, with what is known now written down."""
+        plan = self._plan()
+        self._settle(torch.where(self._status > 0, self._status, plan.status))
+        return plan
 
     def _keep(self, index: Tensor) -> None:
         """Only some of the problems."""
