@@ -1,8 +1,12 @@
 """Closed Hessians of batches: sums of functions of what is linear in x, and what is none."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import optimize
 
 import optim
@@ -208,3 +212,50 @@ def test_logistic_regressions_are_scipys(dtype):
         theirs = optimize.minimize(value, np.zeros(4), method="BFGS", options={"gtol": 1e-7})
         rtol = 1e-5 if dtype == DOUBLE else 1e-3
         np.testing.assert_allclose(result.x[i].numpy(), theirs.x, rtol=rtol, atol=rtol)
+
+
+ONE_BY_ONE = (
+    *(torch.exp, torch.tanh, torch.sin, torch.cosh, torch.abs, torch.nn.functional.softplus),
+    *(lambda t: t**2, lambda t: t**3, lambda t: 1 / (t * t + 2), lambda t: 3 - t / 2, lambda t: 2 / t.exp()),
+)
+OF_TWO = (torch.add, torch.sub, torch.mul, lambda t, other: t / (other**2 + 1))
+# Linear, by pieces at least: products with data, choices, sums, parts.
+OTHERS = (
+    lambda t, X: (X[:, :, : t.shape[1]] @ t.unsqueeze(2))[:, :, 0],
+    lambda t, X: torch.where(t > 0, t, X[:, 0, :1] * t),
+    lambda t, X: t.sum(1, keepdim=True),
+    lambda t, X: t[:, [0, -1]],
+    lambda t, X: torch.cat([t[:, :1], t], 1),
+)
+
+
+def expression(draw, x, X, weight):
+    """Values of a random graph of operations, of which the first is summed and the others are weighted."""
+    pool = [x]
+    for _ in range(draw.randint(2, 7)):
+        t, other, kind = draw.choice(pool), draw.choice(pool), draw.random()
+        if kind < 0.4:
+            pool.append(draw.choice(ONE_BY_ONE)(t))
+        elif kind < 0.7 and t.shape == other.shape:
+            pool.append(draw.choice(OF_TWO)(t, other))
+        elif t.shape[1] <= X.shape[2]:
+            pool.append(draw.choice(OTHERS)(t, X))
+    first, *more = draw.sample(pool[1:] or pool, min(len(pool[1:]) or 1, 3))
+    return first.sum(1) + sum((weight * part).sum(1) for part in more)
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 10**6))
+def test_a_form_has_the_hessians_of_autograd_or_is_refused(seed):
+    """The sample sees the first term only: what the other problems compute has to be read off the graph."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 0.5 * torch.randn(5, 3, generator=generator, dtype=DOUBLE)
+    X, weight = torch.randn(5, 4, 3, generator=generator, dtype=DOUBLE), torch.ones(5, 1, dtype=DOUBLE)
+    weight[sample(x)] = 0.0
+    batch = batch_of(lambda *data: expression(random.Random(seed), *data), x, (X, weight), None)
+    form = newton.form_at(batch, *graph_of(batch, x))
+    for at in () if form is None else (x, x + 0.2, -x):
+        closed = form.derivatives(*graph_of(batch, at))
+        H = newton.derivatives(batch, at)[2]
+        if closed is not None and bool(H.isfinite().all()):
+            torch.testing.assert_close(closed[1], H, rtol=1e-9, atol=1e-9 * (1 + float(H.abs().max())))
