@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from optim.functions.batched.terms import Terms, terms_of
+from .terms import Terms, terms_of
 
 # Numbers of a Jacobian that are held, whatever the data are: data that all problems share are repeated in it.
 ROOM = 2**24
