@@ -151,6 +151,7 @@ ORDER = [
     "optim.functions.batched.control",
     "optim.functions.batched.evaluation",
     "optim.functions.batched.factors",
+    "optim.functions.batched.terms",
     "optim.functions.batched.separable",
     "optim.functions.batched.state",
     "optim.functions.batched.squares",

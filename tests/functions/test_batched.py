@@ -11,10 +11,7 @@ from scipy import optimize
 
 import optim
 from optim.functions.batched import control as batched_control
-from optim.functions.batched import newton
-from optim.functions.batched.evaluation import batch_of, graph_of
 from optim.functions.batched.factors import cholesky_solve, least_squares_solve
-from optim.functions.batched.separable import form_of
 from optim.methods import control
 
 DOUBLE = torch.float64
@@ -267,131 +264,6 @@ def test_what_a_batch_may_not_return():
         optim.minimize(residual, x0, (y,), batched=True)
     with pytest.raises(TypeError, match="x0 must be of float64 or float32, got torch.int64"):
         optim.minimize(residual, x0.long(), (y,), batched=True)
-
-
-def margins(w, X, y):
-    return y * (X @ w.unsqueeze(2))[:, :, 0]
-
-
-SEPARABLE = {
-    "logistic, ridge": lambda w, X, y: (
-        torch.nn.functional.softplus(-margins(w, X, y)).sum(1) + 0.05 * w.square().sum(1)
-    ),
-    "poisson": lambda w, X, y: (X @ w.unsqueeze(2)).exp().sum((1, 2)) - margins(w, X, y).sum(1),
-    "huber": lambda w, X, y: torch.where(
-        margins(w, X, y).abs() < 1, margins(w, X, y) ** 2, 2 * margins(w, X, y).abs() - 1
-    ).sum(1),
-    "a product of two functions of one entry": lambda w, X, y: (w * w.tanh()).sum(1) / 3 - w[:, 0],
-    "quartic and quotient": lambda w, X, y: (
-        w[:, 0] ** 4 + (1 + y[:, 0] ** 2) / w[:, 1].exp() + w[:, 2:].sum(1)
-    ),
-}
-COUPLED = {
-    "rosenbrock": lambda w, X, y: 100 * (w[:, 1] - w[:, 0] ** 2) ** 2 + (1 - w[:, 0]) ** 2,
-    "product of two": lambda w, X, y: w[:, 0] * w[:, 1] + w[:, 2] ** 2,
-    "function of a sum": lambda w, X, y: margins(w, X, y).exp().sum(1).log(),
-    "two cuts in one term": lambda w, X, y: (margins(w, X, y).exp() * w[:, :1]).sum(1),
-    "unknown operation": lambda w, X, y: torch.logsumexp(margins(w, X, y), 1),
-}
-
-
-def table(count=6):
-    generator = torch.Generator().manual_seed(3)
-    X = torch.randn(count, 9, 4, generator=generator, dtype=DOUBLE)
-    y = torch.sign(torch.randn(count, 9, generator=generator, dtype=DOUBLE))
-    return torch.randn(count, 4, generator=generator, dtype=DOUBLE), X, y
-
-
-@pytest.mark.parametrize("is_mapped", [False, True], ids=["batch", "mapped"])
-@pytest.mark.parametrize("name", SEPARABLE)
-def test_hessians_of_separable_sums_are_those_of_autograd(name, is_mapped):
-    fun, (x, X, y) = SEPARABLE[name], table()
-
-    def one(w, X, y):
-        return fun(w[None], X[None], y[None])[0]
-
-    whole = batch_of(one, x, (X, y), 0) if is_mapped else batch_of(fun, x, (X, y), None)
-    assert newton.has_form(whole, x)
-    found = form_of(*graph_of(whole, x))
-    index, elsewhere = torch.tensor([4, 1]), x.flip(0) + 0.3
-    cut_down = (found.kept(index), whole.at(index), elsewhere[index])
-    for form, batch, at in ((found, whole, elsewhere), cut_down):
-        g, H = form.derivatives(*graph_of(batch, at))
-        for i in range(len(at)):
-            data = [arg[i] for arg in batch.args]
-            dense = torch.autograd.functional.hessian(lambda w, data=data: one(w, *data), at[i])
-            torch.testing.assert_close(H[i], dense, rtol=1e-12, atol=1e-12)
-            slope = torch.autograd.functional.jacobian(lambda w, data=data: one(w, *data), at[i])
-            torch.testing.assert_close(g[i], slope, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", COUPLED)
-def test_functions_that_are_no_separable_sums_are_refused(name):
-    x, X, y = table()
-    assert not newton.has_form(batch_of(COUPLED[name], x, (X, y), None), x)
-
-
-def test_an_operation_that_only_has_a_known_name_is_found_out():
-    class ExpBackward(torch.autograd.Function):
-        """Couples entries, under a name of an elementwise operation."""
-
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.cumsum(1) ** 2
-
-        @staticmethod
-        def backward(ctx, g):
-            (x,) = ctx.saved_tensors
-            return (2 * g * x.cumsum(1)).flip(1).cumsum(1).flip(1)
-
-    x = table()[0]
-    fun = ExpBackward.apply
-    assert not newton.has_form(batch_of(lambda w: fun(w).sum(1), x, (), None), x)
-
-
-def test_another_graph_has_another_form():
-    x, X, y = table()
-    form = form_of(*graph_of(batch_of(SEPARABLE["poisson"], x, (X, y), None), x))
-    other = batch_of(SEPARABLE["logistic, ridge"], x, (X, y), None)
-    assert form.derivatives(*graph_of(other, x)) is None
-
-
-def test_what_is_linear_only_in_pieces_is_found_out():
-    """The same graph on both sides of a kink, with other numbers in it."""
-
-    def fun(x):
-        return ((1 + (x > 0)) * x).cosh().sum(1)
-
-    x = torch.full((3, 2), -2.0, dtype=DOUBLE)
-    batch = batch_of(fun, x, (), None)
-    form = form_of(*graph_of(batch, x))
-    assert form.derivatives(*graph_of(batch, x + 1)) is not None
-    assert form.derivatives(*graph_of(batch, x + 3)) is None
-    H = newton.derivatives(batch, x + 3, form)[2]
-    torch.testing.assert_close(H, torch.diag_embed(4 * (2 * (x + 3)).cosh()))
-
-
-@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
-def test_logistic_regressions_are_scipys(dtype):
-    """By the closed form, with problems that leave early; a Hessian takes no pass for each variable."""
-    x, X, y = table(40)
-    X[20:] *= 4
-    x, X, y = (0 * x).to(dtype), X.to(dtype), y.to(dtype)
-    fun = SEPARABLE["logistic, ridge"]
-    with torch.no_grad():
-        result = optim.minimize(fun, x, (X, y), batched=True)
-    if dtype == DOUBLE:
-        assert bool(result.success.all()), result.message
-    for i in range(0, 40, 5):
-        data, labels = X[i].double().numpy(), y[i].double().numpy()
-
-        def value(w, data=data, labels=labels):
-            return np.logaddexp(0, -labels * (data @ w)).sum() + 0.05 * (w @ w)
-
-        theirs = optimize.minimize(value, np.zeros(4), method="BFGS", options={"gtol": 1e-7})
-        rtol = 1e-5 if dtype == DOUBLE else 1e-3
-        np.testing.assert_allclose(result.x[i].numpy(), theirs.x, rtol=rtol, atol=rtol)
 
 
 def test_problems_that_are_done_are_not_evaluated_again():

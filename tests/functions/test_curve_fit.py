@@ -73,7 +73,7 @@ def test_nist_as_certified(name):
     torch.testing.assert_close(pcov.diagonal().sqrt(), deviations, rtol=1e-4, atol=0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.integers(0, 10**6), st.sampled_from(["none", "scalar", "vector", "matrix"]), st.booleans())
 def test_random_fits_as_scipy(seed, kind, absolute):
     x, y = noisy(seed)
@@ -87,7 +87,7 @@ def test_random_fits_as_scipy(seed, kind, absolute):
     assert_same(optim.curve_fit(decay, x, y, sigma=given_sigma, **options), reference)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.integers(0, 10**6))
 def test_active_bounds_as_scipy(seed):
     x, y = noisy(seed)

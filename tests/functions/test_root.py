@@ -53,9 +53,9 @@ def test_chandrasekhars_moment_is_known_in_closed_form():
     assert float(albedo / 2 * h.mean()) == pytest.approx(1 - math.sqrt(1 - albedo), rel=1e-13)
 
 
-def test_a_thousand_unknowns():
+def test_hundreds_of_unknowns():
     equations = next(one for one in zoo.EQUATIONS if one.name == "broyden_tridiagonal")
-    start = torch.full((1000,), -1.0, dtype=torch.float64)
+    start = torch.full((300,), -1.0, dtype=torch.float64)
     result = optim.root(equations.residual, start)
     assert result.success
     assert result.nit <= 10

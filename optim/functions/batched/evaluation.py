@@ -51,6 +51,10 @@ class Batch(NamedTuple):
         )
         return self._replace(args=args)
 
+    def numel(self, x: Tensor) -> int:
+        """How many numbers it is called with."""
+        return x.numel() + sum(arg.numel() for arg in self.args if isinstance(arg, Tensor))
+
 
 def batch_of(fun: Callable[..., Any], x0: Tensor, args: tuple[Any, ...], in_dims: Any) -> Batch:
     """From what a user gives.

@@ -109,23 +109,40 @@ def _rows(g: Tensor, y: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
+def form_at(batch: Batch, value: Tensor, y: Tensor) -> Form | None:
+    """Of a batch with this graph, where a sample of the problems has its Hessians elsewhere too.
+
+    Args:
+        batch: Whose problems do not depend on each other.
+        value: Of the batch, shape (L,).
+        y: The leaf of its graph, shape (L, n).
+    """
+    if y.shape[1] < 2:
+        # One backward pass is what it would save.
+        return None
+    x = y.detach()
+    return form_of(value, y, batch.numel(x)) if has_form(batch, x) else None
+
+
 def has_form(batch: Batch, x: Tensor) -> bool:
     """Whether a form is found for a sample of the problems, and has their Hessians near x."""
-    if x.shape[1] < 2:
-        # One backward pass is what it would save.
-        return False
     index = sample(x)
     some, at = batch.at(index), x[index]
     form = form_of(*graph_of(some, at))
     if form is None:
         return False
-    near = moved(at)
-    closed = form.derivatives(*graph_of(some, near))
-    expected = derivatives(some, near)[2]
-    size = float(expected.abs().amax())
-    return closed is not None and torch.allclose(
-        closed[1], expected, rtol=0.0, atol=size * SAME * torch.finfo(x.dtype).eps, equal_nan=True
-    )
+    try:
+        graph = graph_of(some, moved(at))
+    except (RuntimeError, ValueError, IndexError):
+        # The function is not defined there.
+        return False
+    closed = form.derivatives(*graph)
+    if closed is None:
+        return False
+    expected = _of_graph(*graph, None)[2]
+    error, size = (part.abs().amax((1, 2)) for part in (closed[1] - expected, expected))
+    # Neither is true of what is not finite.
+    return bool((error <= SAME * torch.finfo(x.dtype).eps * size).all())
 
 
 class Plan(NamedTuple):
@@ -157,7 +174,7 @@ class _Run:
         self._batch, self._tolerances, self._eps = batch, tolerances, torch.finfo(x0.dtype).eps
         value, y = graph_of(batch, x0)
         self._is_separable = is_separable(batch, x0, value.detach())
-        self._form = form_of(value, y) if self._is_separable and has_form(batch, x0) else None
+        self._form = form_at(batch, value, y) if self._is_separable else None
         value, g, H = _of_graph(value, y, self._form)
         self._count = 1
         ones = torch.ones_like(value)
