@@ -148,8 +148,10 @@ class Step:
     def _retreat(self, attempt: _Attempt) -> tuple[_Attempt, float]:
         """More damping, or a smaller radius, until the model is right enough; the best of what was tried."""
         first, best = attempt, attempt if attempt.is_accepted else None
+        is_rounding = self._is_rounding(attempt.solution)
         while self._trials < self._options.max_trials and not attempt.is_final:
             attempt = self._attempt(attempt.following)
+            is_rounding &= self._is_rounding(attempt.solution)
             if not attempt.is_better(best):
                 if best is not None:
                     return best, best.size
@@ -157,7 +159,7 @@ class Step:
             best = attempt
             if attempt.rho > self._options.least_ratio:
                 break
-        if best is None and self._is_rounding(first.solution):
+        if is_rounding:
             return attempt._replace(judgement=Judgement(-math.inf, is_quiet=True)), first.size
         if best is None or best.rho < control.LOW:
             return best or attempt, (best or attempt).following
@@ -167,7 +169,8 @@ class Step:
     def _is_rounding(self, solution: Solution) -> bool:
         """Whether the terms of the prediction cancel: no other size is better, nor learned from."""
         predicted = solution.predicted(self._options.rate)
-        return -torch.finfo(solution.step.dtype).eps * abs(self._model.value) <= predicted <= 0
+        # A bent step that is refused promises exactly nothing.
+        return -torch.finfo(solution.step.dtype).eps * abs(self._model.value) <= predicted < 0
 
     def _advance(self, best: _Attempt) -> tuple[_Attempt, float]:
         """Less damping, or a larger radius, while the model is right and the objective falls."""
