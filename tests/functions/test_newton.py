@@ -164,13 +164,14 @@ def test_a_minimum_at_the_rounding_of_the_value_is_certified():
     torch.testing.assert_close(result.x, torch.linalg.solve(A, b), rtol=1e-6, atol=1e-8)
 
 
-def test_long_valleys_are_walked_to_their_end():
+@pytest.mark.parametrize("n", [400, pytest.param(600, marks=pytest.mark.slow)])
+def test_long_valleys_are_walked_to_their_end(n):
     """The chained Rosenbrock function: thousands of steps, in one call."""
 
     def fun(x):
         return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
 
-    x0 = torch.full((400,), -1.0, dtype=DOUBLE)
+    x0 = torch.full((n,), -1.0, dtype=DOUBLE)
     x0[0] = -1.2
     result = optim.minimize(fun, x0)
     assert result.success, result
