@@ -14,6 +14,7 @@ from secondorder.operators.fisher import EmpiricalFisher, Fisher
 from secondorder.operators.linear import LinearOperator
 from secondorder.operators.matrix import FunctionOperator, MatrixOperator
 from secondorder.operators.parameters import Jacobian
+from secondorder.plots import plot
 from secondorder.solvers import (
     DiagonalPreconditioner,
     DiagonalResult,
@@ -100,6 +101,8 @@ __all__ = [
     "diagonal_preconditioner",
     "NystromPreconditioner",
     "nystrom",
+    # pictures of runs
+    "plot",
 ]
 
 

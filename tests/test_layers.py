@@ -68,6 +68,7 @@ ORDER = [
     "secondorder.influence.leave_one_out",
     "secondorder.influence.influence",
     "secondorder.influence.scores",
+    "secondorder.plots",
     "secondorder",
     "optim.closure",
     "optim.closure.accumulation",
