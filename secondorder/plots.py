@@ -58,6 +58,8 @@ def plot(run: Any, figure: Any = None) -> Any:
         TypeError: ``run`` is none of these.
         ValueError: it has no steps.
 
+    Cost: that of drawing; nothing of the run is computed again.
+
     Example:
         >>> import torch, optim
         >>> result = optim.minimize(lambda x: (x - 1).square().sum(), torch.zeros(2))
