@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Each file may import only from the entries above its own.
 ORDER = [
     "secondorder.vectors",
+    "secondorder.vectors.host",
     "secondorder.vectors.flat",
     "secondorder.vectors.arguments",
     "secondorder.vectors.tree",
@@ -183,7 +184,7 @@ MEDIAN_FUNCTION_LINES, MOST_FUNCTION_LINES = 6, 16
 MAX_PARAMETERS = 8
 MAX_CLASS_LINES = 200
 MAX_METHODS = 12
-# Mirrors of torch's signatures, SciPy's cg with a radius, constructors of optimizers and public front ends,
+# Mirrors of torch's signatures, SciPy's cg and minres, constructors of optimizers and public front ends,
 # whose parameters users of the ecosystem expect.
 MANY_PARAMETERS = {
     "embedding_bag",
@@ -194,6 +195,7 @@ MANY_PARAMETERS = {
     "__init__",
     "influence",
     "cg",
+    "minres",
     "least_squares",
     "minimize",
     "curve_fit",

@@ -61,6 +61,7 @@ class Asked(NamedTuple):
     Attributes:
         loss: What the closure returned as loss.
         value: The same as a number.
+        norm: Of the gradient.
         roots: The tensors to differentiate, each with its weight.
         outputs: Those that the user named.
         partial: As in ``Evaluation``.
@@ -69,6 +70,7 @@ class Asked(NamedTuple):
 
     loss: Tensor | float
     value: float
+    norm: float
     roots: Weighted
     outputs: Sequence[Tensor] = ()
     partial: str = ""
@@ -125,13 +127,14 @@ class ClosureEvaluator:
     def _evaluated(self, returned: Any, mode: Record) -> Evaluation:
         """Of a closure that ran."""
         loss, outputs = split(returned)
-        value, filled = finite(loss), mode.filled_from()
+        filled = mode.filled_from()
         roots = filled or [root_of(loss)]
         self._note(roots, mode)
         if not filled:
             gradients.fill(self._parameters, loss)
-        asked = Asked(loss, value, roots, outputs, *_earlier(mode.earlier_passes))
         gradient = gradients.flat(self._parameters)
+        value, norm = gradients.measured(loss, gradient)
+        asked = Asked(loss, value, norm, roots, outputs, *_earlier(mode.earlier_passes))
         return evaluation_of(asked, mode, gradient, self._parameters, self._sign)
 
     def _note(self, roots: Weighted, mode: Record) -> None:
@@ -199,7 +202,8 @@ class ClosureEvaluator:
             mode = Record(self._parameters, guard, self._runs.random)
             with mode:
                 loss, outputs = split(closure())
-            asked = Asked(loss, finite(loss), mode.filled_from() or [root_of(loss)], outputs)
+            roots = mode.filled_from() or [root_of(loss)]
+            asked = Asked(loss, finite(loss), evaluation.norm, roots, outputs)
             other = evaluation_of(asked, mode, evaluation.gradient, self._parameters, self._sign)
         return evaluation._replace(objective=other.objective, coverage=other.coverage)
 
@@ -230,7 +234,6 @@ def evaluation_of(
     asked: Asked, mode: Record, gradient: Tensor, parameters: Sequence[Tensor], sign: int
 ) -> Evaluation:
     """With objective and coverage of the roots, at curvature ``scale`` times theirs; ``sign`` times all."""
-    size = gradients.norm(gradient)
     tensors = [root for root, _ in asked.roots]
     factor = sign * asked.scale
     is_loss = mode.is_plain and len(tensors) == 1 and tensors[0] is asked.loss
@@ -242,9 +245,11 @@ def evaluation_of(
         coverage = explicit(objective, asked.outputs, parameters)._replace(squares=squares)
     if sign < 0:
         gradient = -gradient
-    loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
+    loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss, device="cpu")
     value, entropies = sign * asked.value, mode.log.cross_entropies()
-    return Evaluation(loss, value, objective, gradient, size, coverage, asked.partial, entropies, is_loss)
+    return Evaluation(
+        loss, value, objective, gradient, asked.norm, coverage, asked.partial, entropies, is_loss
+    )
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

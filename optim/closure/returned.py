@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secondorder.vectors.host import read
+
 
 def split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
     """The loss and the explicit outputs of what the closure returned."""
@@ -40,7 +42,7 @@ def split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
 
 def number(loss: Tensor | float) -> float:
     """The loss as a number: one host read."""
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+    return read(loss.detach())[0] if isinstance(loss, Tensor) else float(loss)
 
 
 def finite(loss: Tensor | float) -> float:

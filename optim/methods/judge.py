@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from optim.methods import control
 from optim.methods.problem import Problem, QuadraticModel, Trial
+from secondorder.vectors.host import read
 
 
 class Judgement(NamedTuple):
@@ -64,5 +65,5 @@ def judge(problem: Problem, model: QuadraticModel, trial: Trial, predicted: floa
 
 
 def _by_gradients(problem: Problem, model: QuadraticModel, trial: Trial, predicted: float) -> float:
-    trapezoid = -0.5 * float((model.gradient + problem.gradient(trial)).dot(trial.step))
+    trapezoid = -0.5 * read((model.gradient + problem.gradient(trial)).dot(trial.step))[0]
     return control.reduction_ratio(trapezoid, predicted)

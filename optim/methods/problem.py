@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secondorder import LinearOperator
+from secondorder.vectors.host import read
 
 # Of a step (n,), and its coordinates in the vectors that were multiplied, if there are some.
 Form = Callable[[Tensor, Tensor | None], float]
@@ -98,10 +99,11 @@ class Trial(NamedTuple):
 
 def norm(v: Tensor) -> float:
     """Euclidean norm of a vector whose squares may leave the range."""
-    largest = float(torch.linalg.vector_norm(v, math.inf)) if v.numel() else 0.0
-    if not 0 < largest < math.inf:
-        return largest
-    return largest * float(torch.linalg.vector_norm(v / largest))
+    if not v.numel():
+        return 0.0
+    largest = torch.linalg.vector_norm(v, math.inf)
+    size, part = read(largest, torch.linalg.vector_norm(v / largest))
+    return size * part if 0 < size < math.inf else size
 
 
 class Problem(Protocol):

@@ -135,6 +135,8 @@ def _affordable(column_bytes: int, device: torch.device) -> int:
     free = math.inf
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    elif device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type not in ("cpu", "meta"):
+        # Not every accelerator says.
+        module = torch.get_device_module(device)
+        free = module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else math.inf
     return int(min(SHARE * free / max(column_bytes, 1), MOST))

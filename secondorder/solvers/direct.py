@@ -63,7 +63,7 @@ def spectrum(A: Any, like: Tensor) -> Spectrum:
     matrix = dense(A, like)
     if not bool(matrix.isfinite().all()):
         raise ValueError("A must be finite, got a matrix with NaN or infinity.")
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)  # waits: once
     return Spectrum(values, vectors, matrix)
 
 
