@@ -161,15 +161,21 @@ class ClosureEvaluator:
                 remedy = "no decomposition of it is known here; replace it by differentiable operations"
                 raise MissingDerivativeError(error.operation, remedy) from error
 
-    def value(self, log: LossLog | None = None) -> float:
+    def value(self, beside: Tensor | None = None) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors.
 
-        ``log`` takes the known losses.
+        ``beside`` is added to what is minimised, and read with it.
         """
+        own = beside if beside is None or self._sign > 0 else -beside
+        return self._sign * number(self.run(), own)
+
+    def run(self, log: LossLog | None = None) -> Tensor | float:
+        """The loss at the present parameters, which is not read; ``log`` takes the known losses."""
         differentiates = self._differentiates
         with self._runs.without_trace(self._leaves) as (guard, grads):
             mode = Value(guard, grads, differentiates, self._runs.random, log)
-            return self._sign * number(self._runs.again(mode, gradients=differentiates))
+            loss: Tensor | float = self._runs.again(mode, gradients=differentiates)
+            return loss
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""

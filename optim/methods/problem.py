@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -99,11 +99,19 @@ class Trial(NamedTuple):
 
 def norm(v: Tensor) -> float:
     """Euclidean norm of a vector whose squares may leave the range."""
-    if not v.numel():
-        return 0.0
-    largest = torch.linalg.vector_norm(v, math.inf)
-    size, part = read(largest, torch.linalg.vector_norm(v / largest))
-    return size * part if 0 < size < math.inf else size
+    return norms(v)[0][0]
+
+
+def norms(*vectors: Tensor, beside: Sequence[Tensor] = ()) -> tuple[list[float], list[float]]:
+    """The same of several, and the numbers that are ``beside``: one read for all."""
+    parts = []
+    for v in vectors:
+        largest = torch.linalg.vector_norm(v, math.inf) if v.numel() else v.sum()
+        parts += [largest, torch.linalg.vector_norm(v / largest)]
+    numbers = read(*parts, *beside)
+    pairs = zip(numbers[: len(parts) : 2], numbers[1 : len(parts) : 2], strict=True)
+    sizes = [size * part if 0 < size < math.inf else size for size, part in pairs]
+    return sizes, numbers[len(parts) :]
 
 
 class Problem(Protocol):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff.graph import Source, pass_bytes
+from secondorder.vectors.host import is_true
 
 # The narrowest piece that is measured against a loop; then its doubles.
 NARROWEST = 8
@@ -115,7 +116,7 @@ def _agree(first: Tensor, second: Tensor) -> bool:
     """Whether two results are one up to rounding, or both not finite: one host read."""
     tolerance = torch.finfo(first.dtype).eps ** 0.5
     scale = first.abs().max().maximum(second.abs().max()) if first.numel() else first.new_zeros(())
-    return not bool(((first - second).abs() > tolerance * scale).any())
+    return not is_true(((first - second).abs() > tolerance * scale).any())
 
 
 def _timed(function: Product, argument: Tensor) -> tuple[Tensor, float]:

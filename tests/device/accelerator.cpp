@@ -207,8 +207,10 @@ void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     c10::IValue value = given[i];
     const auto* alias = schema.arguments()[i].alias_info();
     bool writes = alias && alias->isWrite();
+    // A result that is given may get another shape.
+    bool is_out = writes && schema.arguments()[i].kwarg_only();
     auto taken = [&](const Tensor& t) {
-      Tensor same = writes && t.numel() == 0 ? at::empty({0}, at::TensorOptions().dtype(t.scalar_type())) : host(t);
+      Tensor same = is_out ? at::empty({0}, at::TensorOptions().dtype(t.scalar_type())) : host(t);
       if (writes) written.emplace_back(t, same);
       return same;
     };
@@ -233,11 +235,10 @@ void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     arguments.push_back(value);
   }
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &arguments);
-  for (auto& [t, same] : written)
-    if (t.sizes() != same.sizes()) {
-      resized(t, same.sizes(), std::nullopt);
-      on_host(t).copy_(same);
-    }
+  for (auto& [t, same] : written) {
+    if (t.sizes() != same.sizes()) resized(t, same.sizes(), std::nullopt);
+    if (!same.is_alias_of(on_host(t)) || same.data_ptr() != on_host(t).data_ptr()) on_host(t).copy_(same);
+  }
   auto back = [&](const Tensor& made) {
     for (auto& [t, same] : written)
       if (made.is_same(same)) return t;
@@ -278,6 +279,34 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& g, const T
   return {on_device(gx), on_device(gw), on_device(gb)};
 }
 
+// The cell of a GRU is one kernel on accelerators: Cho et al. (2014), with the reset after the product, as cuDNN's.
+std::tuple<Tensor, Tensor> gru_cell(const Tensor& input, const Tensor& hidden, const Tensor& state,
+                                    const std::optional<Tensor>& input_bias, const std::optional<Tensor>& hidden_bias) {
+  ++counts.launches;
+  Tensor x = on_host(input), h = on_host(hidden), before = on_host(state);
+  if (input_bias.has_value() && input_bias->defined()) x = x + on_host(*input_bias);
+  if (hidden_bias.has_value() && hidden_bias->defined()) h = h + on_host(*hidden_bias);
+  auto xs = x.chunk(3, 1), hs = h.chunk(3, 1);
+  Tensor reset = (xs[0] + hs[0]).sigmoid(), update = (xs[1] + hs[1]).sigmoid();
+  Tensor fresh = (xs[2] + reset * hs[2]).tanh();
+  return {on_device(fresh + update * (before - fresh)), on_device(at::cat({reset, update, fresh, before, hs[2]}, 1))};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tensor& grad, const Tensor& workspace,
+                                                                     bool has_bias) {
+  ++counts.launches;
+  Tensor g = on_host(grad);
+  auto kept = on_host(workspace).chunk(5, 1);
+  const Tensor &reset = kept[0], &update = kept[1], &fresh = kept[2], &before = kept[3], &hidden = kept[4];
+  Tensor of_fresh = g * (1 - update) * (1 - fresh * fresh);
+  Tensor of_update = g * (before - fresh) * (1 - update) * update;
+  Tensor of_reset = of_fresh * hidden * (1 - reset) * reset;
+  Tensor x = at::cat({of_reset, of_update, of_fresh}, 1), h = at::cat({of_reset, of_update, of_fresh * reset}, 1);
+  Tensor none;
+  return {on_device(x), on_device(h), on_device(g * update), has_bias ? on_device(x.sum(0)) : none,
+          has_bias ? on_device(h.sum(0)) : none};
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&kernel>()); }
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -299,6 +328,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
          [](Tensor& t, c10::Storage source, int64_t offset, c10::IntArrayRef size, c10::IntArrayRef stride) -> Tensor& {
            return at::native::set_storage_cpu_(t, source, offset, size, stride);
          });
+  m.impl("_thnn_fused_gru_cell", gru_cell);
+  m.impl("_thnn_fused_gru_cell_backward", gru_cell_backward);
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
 }

@@ -1,0 +1,141 @@
+"""Products, operators, functions and influence on a device: the numbers of the CPU, and no waits."""
+
+from __future__ import annotations
+
+import pytest
+import simulated
+import torch
+from networks import Case
+
+import secondorder as so
+from optim import least_squares, minimize
+from secondorder.autodiff.guard import RandomState
+
+
+def gauss_newton(case):
+    outputs = case.model(case.x)
+    return so.GaussNewton(case.loss_of(outputs, case.y), outputs, case.parameters)
+
+
+OPERATORS = {
+    "hessian": lambda case: so.Hessian(case.loss(), case.parameters),
+    "gauss_newton": gauss_newton,
+    "fisher": lambda case: so.Fisher(case.model(case.x), case.parameters),
+}
+
+
+def direction(case, seed=1):
+    generator = torch.Generator("cpu").manual_seed(seed)
+    n = sum(p.numel() for p in case.parameters)
+    return torch.randn(n, generator=generator).to(case.parameters[0])
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators(device, same, name, model):
+    here, there = Case(model), Case(model, device)
+    for case in (here, there):
+        case.product = OPERATORS[name](case) @ direction(case)
+    same(there.product, here.product)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "gru"])
+@pytest.mark.parametrize("name", ["hessian", "gauss_newton"])
+def test_products_do_not_wait(counted, name, model):
+    case = Case(model, counted)
+    B, v = OPERATORS[name](case), direction(case)
+    B @ v
+    counter = simulated.Counter()
+    with simulated.no_reads():
+        shifted = B + 0.1 * torch.ones((), device=counted)
+        (shifted @ v, 2.0 * B @ v)
+    assert counter.counts.uploads == 0, counter.why
+
+
+@pytest.mark.parametrize("product", ["hvp", "vhp", "jvp", "vjp", "ggnvp"])
+def test_functional_products_do_not_wait(counted, same, product):
+    case = Case("mlp", counted)
+    names = [name for name, _ in case.model.named_parameters()]
+
+    def outputs(*parameters):
+        values = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(case.model, values, (case.x,))
+
+    def loss(*parameters):
+        return case.loss_of(outputs(*parameters), case.y)
+
+    vectors = tuple(torch.ones_like(p) for p in case.parameters)
+    inputs = tuple(p.detach() for p in case.parameters)
+    counter = simulated.Counter()
+    with simulated.no_reads():
+        if product in ("hvp", "vhp"):
+            getattr(so, product)(loss, inputs, vectors)
+        elif product == "jvp":
+            so.jvp(outputs, inputs, vectors)
+        elif product == "vjp":
+            so.vjp(outputs, inputs, torch.ones_like(case.model(case.x)))
+        else:
+            so.ggnvp(outputs, lambda z: case.loss_of(z, case.y), inputs, vectors)
+    assert counter.counts.uploads == 0, counter.why
+
+
+def objective(case, **options):
+    batches = [(case.x[:10], case.y[:10]), (case.x[10:], case.y[10:])]
+    return so.Objective(case.model, case.loss_of, batches, **options)
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
+def test_an_objective(device, same, matrix):
+    here, there = Case("mlp"), Case("mlp", device)
+    for case in (here, there):
+        case.product = getattr(objective(case), matrix)() @ direction(case)
+    same(there.product, here.product)
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
+def test_products_of_an_objective_do_not_wait(counted, matrix):
+    case = Case("mlp", counted)
+    B, v = getattr(objective(case), matrix)(), direction(case)
+    B @ v
+    counter = simulated.Counter()
+    with simulated.no_reads():
+        B @ v
+    assert counter.counts.uploads == 0, counter.why
+
+
+def rosenbrock(x):
+    return ((1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2).sum()
+
+
+def residuals(x):
+    return torch.stack([1 - x[0], 10 * (x[1] - x[0] ** 2)])
+
+
+@pytest.mark.parametrize("solve", [lambda x: minimize(rosenbrock, x), lambda x: least_squares(residuals, x)])
+def test_functions(device, same, solve):
+    start = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    here, there = solve(start), solve(start.to(device))
+    assert there.status == here.status
+    assert there.x.device.type == device.type
+    same(there.x, here.x)
+
+
+def test_random_states_of_a_device_are_put_back(device):
+    """By default too: whatever accelerator there is."""
+    random = RandomState()
+    random.save()
+    first = torch.randn(3, device=device)
+    assert random.has_moved()
+    with random.replayed():
+        assert torch.equal(torch.randn(3, device=device), first)
+
+
+@pytest.mark.parametrize("order", [1, "newton"])
+@pytest.mark.parametrize("solver", ["dense", "block_cg"])
+def test_influence(device, same, solver, order):
+    here, there = Case("mlp", dtype=torch.float64), Case("mlp", device, torch.float64)
+    for case in (here, there):
+        analysis = so.Influence(objective(case, l2=1e-2), solver=solver, damping=0.1)
+        test = [(case.x[:3], case.y[:3])]
+        case.scores = analysis.group([[0], [5, 7]], test, order=order).scores
+    torch.testing.assert_close(there.scores.cpu(), here.scores.cpu(), rtol=1e-9, atol=1e-12)
