@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff import ladder
-from secondorder.autodiff.backward import HessianGraph, Pass
+from secondorder.autodiff.backward import REMEDY, HessianGraph, Pass
 from secondorder.autodiff.convolutions import lighten_gradients
 from secondorder.autodiff.graph import Kinds, Source, refuse_wrong
 from secondorder.autodiff.lighter import light_grad
@@ -101,7 +101,8 @@ class Hessian(ParameterOperator):
         _check_loss(loss)
         refuse_wrong((loss,), self.parameters, is_given=True)
         self._loss = loss
-        grads = self._differentiate(unread=False)
+        with ladder.explained(REMEDY):
+            grads = self._differentiate(unread=False)
         if all(grad is None for grad in grads):
             raise ValueError("loss must depend on at least one of the parameters, but it does on none.")
         self.gradient = flatten(
