@@ -79,7 +79,8 @@ class Hessian(ParameterOperator):
 
     Cost: construction, one gradient with a graph; a product, 1.3 (MLP) to 2.2 gradients (transformer), 1.5 to
     2.9 without ``keep_graph``. Memory, in peaks of a gradient: up to 2.2 are held and a product adds up to
-    1.7; without ``keep_graph`` 1.0 and 2.7 (``tests/operators/test_memory.py``).
+    1.7; where parameters take more than activations 2.5 and 1.9; without ``keep_graph`` 1.2 and 2.7
+    (``tests/operators/test_memory.py``).
 
     Reference: Pearlmutter (1994), Fast exact multiplication by the Hessian.
 
@@ -206,7 +207,8 @@ class GaussNewton(ThroughOutputs):
 
     Cost: construction, one gradient with a graph; a product, 0.9 (CNN) to 1.4 gradients (transformer), 1.2 to
     2.0 without ``keep_graph``. Memory, in peaks of a gradient: up to 1.6 are held and a product adds up to
-    1.2; without ``keep_graph`` 0.9 and 1.7 (``tests/operators/test_memory.py``).
+    1.2; where parameters take more than activations 0.6 and 1.9; without ``keep_graph`` 0.9 and 1.7, or 0.3
+    and 1.9 (``tests/operators/test_memory.py``).
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
 

@@ -1,13 +1,14 @@
 """What a step says of itself: the report, its history, the callback; and the forms that memory allows."""
 
 import copy
+import gc
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from memory import peak_bytes
+from memory import PeakMemory, peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
@@ -341,6 +342,26 @@ def test_memory_is_kept_to():
         peaks.append(peak_bytes(step))
         assert optimizer.report.iterations == directions
     assert peaks[1] - peaks[0] < VECTORS * 4 * n * 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["auto", "cg"])
+def test_nothing_grows_over_fifty_steps(make, solver):
+    """What lives after a step: the last space, whose size may change, and nothing else."""
+    torch.manual_seed(0)
+    X, y = torch.randn(40, 6), torch.randint(3, (40,))
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    optimizer, beside = make(model.parameters(), solver=solver), []
+    with PeakMemory() as memory:
+        for step in range(50):
+            optimizer.step(
+                lambda: F.cross_entropy(model(X), y) + 1e-2 * sum(p.norm() for p in model.parameters())
+            )
+            if step >= 5:
+                gc.collect()
+                kept = [t for values in optimizer.state.values() for t in values.values()]
+                beside.append(memory.live - sum(t.untyped_storage().nbytes() for t in kept))
+    assert max(beside[-5:]) <= max(beside[:5])
 
 
 class Reads(TorchDispatchMode):
