@@ -92,10 +92,27 @@ class Counter:
 
 
 @contextlib.contextmanager
-def no_reads() -> Iterator[None]:
-    """The host must not wait for the device inside."""
-    torch.ops.simulated.forbid(True)
+def no_reads(device: torch.device | None = None) -> Iterator[None]:
+    """The host must not wait for the device inside; the simulated one where None."""
+    is_cuda = device is not None and device.type == "cuda"
+    if is_cuda:
+        torch.cuda.set_sync_debug_mode("error")
+    else:
+        torch.ops.simulated.forbid(True)
     try:
         yield
     finally:
-        torch.ops.simulated.forbid(False)
+        if is_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        else:
+            torch.ops.simulated.forbid(False)
+
+
+@contextlib.contextmanager
+def no_transfers(device: torch.device) -> Iterator[None]:
+    """The same, and nothing comes from the host, where that is counted."""
+    before = Counts(*torch.ops.simulated.counts()) if device.type == NAME else None
+    with no_reads(device):
+        yield
+    if before is not None:
+        assert Counts(*torch.ops.simulated.counts()).uploads == before.uploads
