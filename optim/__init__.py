@@ -1,14 +1,14 @@
 """Second-order optimizers for PyTorch: swap in where ``torch.optim.LBFGS`` or ``Adam`` stood."""
 
-from optim.functions.curve_fit import curve_fit
-from optim.functions.least_squares import LeastSquaresResult, least_squares
-from optim.functions.minimize import minimize
-from optim.functions.results import OptimizeResult
-from optim.functions.root import root
-from optim.optimizers.gauss_newton import GaussNewton
-from optim.optimizers.hessian_free import HessianFree
-from optim.optimizers.newton import Newton
-from optim.optimizers.report import StepReport
+from .functions.curve_fit import curve_fit
+from .functions.least_squares import LeastSquaresResult, least_squares
+from .functions.minimize import minimize
+from .functions.results import OptimizeResult
+from .functions.root import root
+from .optimizers.gauss_newton import GaussNewton
+from .optimizers.hessian_free import HessianFree
+from .optimizers.newton import Newton
+from .optimizers.report import StepReport
 
 __all__ = [
     # optimizers

@@ -15,9 +15,10 @@ from torch.nn.modules import module
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from optim.closure.nodes import Setting, autocast_state, tensors_of
 from secondorder.autodiff import graph
 from secondorder.autodiff.guard import RandomState, is_transformed, surely
+
+from .nodes import Setting, autocast_state, tensors_of
 
 # What they call is the module; another call of them would confuse what they keep of the last.
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from optim.closure.edges import Edge, kind, shape, size
-from optim.closure.semidefinite import is_semidefinite
-from optim.closure.terms import Terms
 from secondorder.autodiff.backward import pull
 from secondorder.autodiff.graph import Place
 from secondorder.operators.curvature import GradientBlock
 from secondorder.operators.output_blocks import OutputHessian
+
+from .edges import Edge, kind, shape, size
+from .semidefinite import is_semidefinite
+from .terms import Terms
 
 # Nodes that are convex in their only input, or concave (-1), and couple as many entries as there are classes:
 # nothing is formed for them.

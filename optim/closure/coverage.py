@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.closure.edges import Edge, edge_of, reached
-from optim.closure.losses import SQUARES, RecordedLoss
 from secondorder import Block
 from secondorder.operators.curvature import GradientBlock
+
+from .edges import Edge, edge_of, reached
+from .losses import SQUARES, RecordedLoss
 
 # Each round looks one layer of elementary functions deeper into the network, for a backward pass.
 MAX_ROUNDS = 3

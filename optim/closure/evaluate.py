@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.closure import gradients
-from optim.closure.accumulation import Accumulation
-from optim.closure.calls import Calls
-from optim.closure.coverage import Coverage
-from optim.closure.edges import Behind, leaves_by_nodes_of
-from optim.closure.losses import LossLog, RecordedLoss
-from optim.closure.modes import Again, Record, Value, Weighted
-from optim.closure.proof import cover, explicit
-from optim.closure.returned import finite, number, root_of, split
-from optim.closure.runs import Closure, Runs
-from optim.closure.setting import evaluating, without_hooks
 from secondorder.autodiff.ladder import MissingDerivativeError
+
+from . import gradients
+from .accumulation import Accumulation
+from .calls import Calls
+from .coverage import Coverage
+from .edges import Behind, leaves_by_nodes_of
+from .losses import LossLog, RecordedLoss
+from .modes import Again, Record, Value, Weighted
+from .proof import cover, explicit
+from .returned import finite, number, root_of, split
+from .runs import Closure, Runs
+from .setting import evaluating, without_hooks
 
 
 class Evaluation(NamedTuple):

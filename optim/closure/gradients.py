@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from optim.closure.returned import finite
 from secondorder.autodiff.guard import surely
 from secondorder.vectors.flat import flatten
 from secondorder.vectors.host import read
+
+from .returned import finite
 
 # Tensors, each with what its ``.grad`` held.
 Grads = Sequence[tuple[Tensor, Tensor | None]]

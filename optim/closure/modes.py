@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from optim.closure.accumulation import Accumulation, Marks, marks, were_thrown_away, were_written
-from optim.closure.gradients import Grads
-from optim.closure.losses import LossLog
 from secondorder.autodiff.compat import dispatch_backward, in_checkpoint
 from secondorder.autodiff.decompose import CUDNN, DETERMINANTS, WITHOUT_SECOND_DERIVATIVE
 from secondorder.autodiff.graph import is_singular
 from secondorder.autodiff.guard import RandomState, WriteGuard, is_transformed
+
+from .accumulation import Accumulation, Marks, marks, were_thrown_away, were_written
+from .gradients import Grads
+from .losses import LossLog
 
 dispatch_backward()
 BACKWARD: dict[Callable[..., Any], inspect.Signature] = {

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from optim.closure.edges import Edge, kind, size
-from optim.closure.terms import BROADCAST, FACTORS, Terms
+from .edges import Edge, kind, size
+from .terms import BROADCAST, FACTORS, Terms
 
 # What layers are made of: a term that holds one is more than a term of the parameters, and so is one where a
 # contraction or a broadcast with a constant, its data, is met.

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from optim.closure import coverage as known
-from optim.closure.convexity import Convexity, UnprovedError
-from optim.closure.coverage import CHANGED, MAX_ROUNDS, Coverage
-from optim.closure.edges import Edge, edge_of, reached, shape
-from optim.closure.losses import RecordedLoss
-from optim.closure.penalties import is_of_parameters, leaves_of
-from optim.closure.terms import Terms, weights
 from secondorder import Block
 from secondorder.autodiff.graph import WrongDerivativeError, refuse_wrong
 from secondorder.autodiff.ladder import MissingDerivativeError
 from secondorder.operators.curvature import GradientBlock
+
+from . import coverage as known
+from .convexity import Convexity, UnprovedError
+from .coverage import CHANGED, MAX_ROUNDS, Coverage
+from .edges import Edge, edge_of, reached, shape
+from .losses import RecordedLoss
+from .penalties import is_of_parameters, leaves_of
+from .terms import Terms, weights
 
 AnyBlock = Block | GradientBlock
 

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optim.closure import gradients
-from optim.closure.accumulation import Accumulation
-from optim.closure.calls import Calls
-from optim.closure.evaluate import Asked, ClosureEvaluator, Evaluation, evaluation_of
-from optim.closure.modes import Record
-from optim.closure.nodes import Passes
-from optim.closure.returned import root_of
-from optim.closure.runs import Closure
-from optim.closure.setting import evaluating
 from secondorder.autodiff.guard import WriteGuard
 from secondorder.vectors.host import read
+
+from . import gradients
+from .accumulation import Accumulation
+from .calls import Calls
+from .evaluate import Asked, ClosureEvaluator, Evaluation, evaluation_of
+from .modes import Record
+from .nodes import Passes
+from .returned import root_of
+from .runs import Closure
+from .setting import evaluating
 
 # Losses, and gradients, that differ by more than this, relative, are not the same; and gradients where parts
 # are computed in half precision: with one kernel of attention and another they differ by 1e-2.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim.closure.evaluate import Evaluation
-from optim.closure.losses import CROSS_ENTROPIES, RecordedLoss
 from secondorder.vectors.host import read
+
+from .evaluate import Evaluation
+from .losses import CROSS_ENTROPIES, RecordedLoss
 
 
 def rounding(evaluation: Evaluation) -> float:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.closure.accumulation import Accumulation
-from optim.closure.calls import Calls
-from optim.closure.gradients import Grads, put_aside, write
-from optim.closure.modes import Record, Value
-from optim.closure.returned import split
-from optim.closure.setting import evaluating
 from secondorder.autodiff.guard import RandomState, WriteGuard, surely
+
+from .accumulation import Accumulation
+from .calls import Calls
+from .gradients import Grads, put_aside, write
+from .modes import Record, Value
+from .returned import split
+from .setting import evaluating
 
 Closure = Callable[[], Any]
 

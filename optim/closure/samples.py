@@ -9,13 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from optim.closure.calls import Call, is_of_samples
-from optim.closure.edges import reached
-from optim.closure.evaluate import ClosureEvaluator
 from secondorder import Block, GaussNewton, LinearOperator
 from secondorder.autodiff.graph import Source
 from secondorder.operators.curvature import GradientBlock
 from secondorder.operators.samples import SampledGaussNewton, block_matrices, by_all, by_matrices, spread
+
+from .calls import Call, is_of_samples
+from .edges import reached
+from .evaluate import ClosureEvaluator
 
 # Entries of a sample's outputs up to which its block of the loss's Hessian is formed, and probes of the trace
 # of a larger one.

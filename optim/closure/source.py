@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from optim.closure.accumulation import Accumulation
-from optim.closure.evaluate import ClosureEvaluator
-from optim.closure.replay import ReplayEvaluator
-from optim.closure.watch import Watcher
+from .accumulation import Accumulation
+from .evaluate import ClosureEvaluator
+from .replay import ReplayEvaluator
+from .watch import Watcher
 
 
 class Source:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from optim.closure.accumulation import Marks, marks, were_thrown_away
-from optim.closure.edges import reached
-from optim.closure.modes import BACKWARD, MADE, Pass, is_grad_scaling, without_graph
-from optim.closure.nodes import (
+from secondorder.autodiff.guard import RandomState, written
+
+from .accumulation import Marks, marks, were_thrown_away
+from .edges import reached
+from .modes import BACKWARD, MADE, Pass, is_grad_scaling, without_graph
+from .nodes import (
     Constant,
     Node,
     Passes,
@@ -28,7 +30,6 @@ from optim.closure.nodes import (
     results_of,
     version_of,
 )
-from secondorder.autodiff.guard import RandomState, written
 
 
 class Tape:

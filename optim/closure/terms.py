@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from optim.closure.edges import Edge, edge_of, kind, made_from
 from secondorder.autodiff import graph
+
+from .edges import Edge, edge_of, kind, made_from
 
 # Nodes that are linear in all that they differentiate, by the name of their operation (torch 2.6 to 2.14).
 _LINEAR = re.compile(

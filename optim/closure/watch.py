@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from optim.closure.calls import as_called
-from optim.closure.nodes import Node, tensors_of
-from optim.closure.tape import Tape
 from secondorder.autodiff.guard import RandomState, is_transformed
+
+from .calls import as_called
+from .nodes import Node, tensors_of
+from .tape import Tape
 
 
 class Watcher:

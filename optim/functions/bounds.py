@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optim.functions.variables import Variables
+from .variables import Variables
 
 
 class Box:

@@ -13,13 +13,14 @@ import torch
 from scipy.optimize import OptimizeWarning
 from torch import Tensor
 
-from optim.functions.bounds import Box
-from optim.functions.least_squares import LeastSquaresResult, inverse_normal, least_squares
-from optim.functions.robust import Robust
-from optim.functions.run import Callback
-from optim.functions.variables import DTYPES, Variables
-from optim.methods.options import check_choice, refuse_arguments
 from secondorder.functional import jacobian
+
+from ..methods.options import check_choice, refuse_arguments
+from .bounds import Box
+from .least_squares import LeastSquaresResult, inverse_normal, least_squares
+from .robust import Robust
+from .run import Callback
+from .variables import DTYPES, Variables
 
 # Of (xdata, *parameters): what ydata is compared with.
 Model = Callable[..., Tensor]

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.variables import Variables
 from secondorder import LinearOperator
+
+from .variables import Variables
 
 
 class Frame(NamedTuple):

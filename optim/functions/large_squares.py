@@ -11,16 +11,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optim.functions.frame import Frame
-from optim.functions.residuals import ResidualProblem, by_products
-from optim.functions.results import OptimizeResult
-from optim.functions.run import Run
-from optim.functions.squares import MAX_STALLED, NOISE, Tolerances
-from optim.methods.control import Nielsen, Rule
-from optim.methods.problem import QuadraticModel, norm
-from optim.methods.step import Options, Outcome
-from optim.methods.truncated import Solver, Truncated
 from secondorder import FunctionOperator, LinearOperator, SolveResult, lsmr
+
+from ..methods.control import Nielsen, Rule
+from ..methods.problem import QuadraticModel, norm
+from ..methods.step import Options, Outcome
+from ..methods.truncated import Solver, Truncated
+from .frame import Frame
+from .residuals import ResidualProblem, by_products
+from .results import OptimizeResult
+from .run import Run
+from .squares import MAX_STALLED, NOISE, Tolerances
 
 # The first damping, in units of the curvature along the gradient.
 FIRST_DAMPING = 1e-3

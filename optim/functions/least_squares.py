@@ -9,21 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.functions.batched.fronts import dtype_of, least_squares_batch, refuse_options
-from optim.functions.batched.squares import Tolerances as BatchTolerances
-from optim.functions.bounds import Box
-from optim.functions.frame import scale_of
-from optim.functions.implicit import attach, depends, gradient_of
-from optim.functions.large_squares import LargeSquares
-from optim.functions.multistart import from_starts, shared
-from optim.functions.problem import Evaluation, Function
-from optim.functions.residuals import ResidualProblem, UserJacobian
-from optim.functions.results import OptimizeResult
-from optim.functions.robust import Robust
-from optim.functions.run import Callback, Limits, Run, check_call
-from optim.functions.squares import Squares, Tolerances
-from optim.functions.variables import Variables
-from optim.methods.options import (
+from ..methods.options import (
     check_choice,
     check_count,
     check_optional,
@@ -31,6 +17,20 @@ from optim.methods.options import (
     given,
     refuse_arguments,
 )
+from .batched.fronts import dtype_of, least_squares_batch, refuse_options
+from .batched.squares import Tolerances as BatchTolerances
+from .bounds import Box
+from .frame import scale_of
+from .implicit import attach, depends, gradient_of
+from .large_squares import LargeSquares
+from .multistart import from_starts, shared
+from .problem import Evaluation, Function
+from .residuals import ResidualProblem, UserJacobian
+from .results import OptimizeResult
+from .robust import Robust
+from .run import Callback, Limits, Run, check_call
+from .squares import Squares, Tolerances
+from .variables import Variables
 
 # In double precision; in single precision they are near the rounding.
 XTOL, GTOL = 1e-8, 1e-10

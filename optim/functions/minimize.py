@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.functions.batched.fronts import dtype_of, minimize_batch, refuse_options
-from optim.functions.batched.newton import Tolerances as BatchTolerances
-from optim.functions.bounds import Box
-from optim.functions.frame import scale_of
-from optim.functions.implicit import attach, depends, gradient_of
-from optim.functions.multistart import from_starts, shared
-from optim.functions.newton import Dense, Newton, Products, Report, Tolerances
-from optim.functions.problem import Derivatives, Evaluation, Function, FunctionProblem
-from optim.functions.results import OptimizeResult
-from optim.functions.run import Callback, Limits, Run, check_call
-from optim.functions.saddle import LANCZOS_STEPS
-from optim.functions.sparse import Sparse
-from optim.functions.variables import Variables
-from optim.methods import control
-from optim.methods.options import check_choice, check_count, check_optional, given, refuse_arguments
-from optim.methods.subspace import CUBIC, Bound, bounded
-from optim.methods.truncated import in_radius, on_boundary
+from ..methods import control
+from ..methods.options import check_choice, check_count, check_optional, given, refuse_arguments
+from ..methods.subspace import CUBIC, Bound, bounded
+from ..methods.truncated import in_radius, on_boundary
+from .batched.fronts import dtype_of, minimize_batch, refuse_options
+from .batched.newton import Tolerances as BatchTolerances
+from .bounds import Box
+from .frame import scale_of
+from .implicit import attach, depends, gradient_of
+from .multistart import from_starts, shared
+from .newton import Dense, Newton, Products, Report, Tolerances
+from .problem import Derivatives, Evaluation, Function, FunctionProblem
+from .results import OptimizeResult
+from .run import Callback, Limits, Run, check_call
+from .saddle import LANCZOS_STEPS
+from .sparse import Sparse
+from .variables import Variables
 
 METHODS = ("auto", "newton", "trust-exact", "cubic", "newton-sparse", "newton-cg", "trust-krylov")
 DENSE = ("newton", "trust-exact", "cubic")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from optim.functions.results import OptimizeResult
+from .results import OptimizeResult
 
 # Two solutions are one where no entry differs by more than this part of the largest, or of one.
 APART = 1e-4

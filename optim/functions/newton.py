@@ -14,18 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.frame import Frame
-from optim.functions.problem import FunctionProblem
-from optim.functions.results import OptimizeResult
-from optim.functions.run import Run
-from optim.functions.saddle import Ends, Line, has_negative
-from optim.methods.control import Rule
-from optim.methods.formed import Formed
-from optim.methods.problem import QuadraticModel, norm
-from optim.methods.step import Options, Outcome
-from optim.methods.subspace import Bound, Solution, Subspace
-from optim.methods.truncated import Solver, Truncated
 from secondorder import MatrixOperator
+
+from ..methods.control import Rule
+from ..methods.formed import Formed
+from ..methods.problem import QuadraticModel, norm
+from ..methods.step import Options, Outcome
+from ..methods.subspace import Bound, Solution, Subspace
+from ..methods.truncated import Solver, Truncated
+from .frame import Frame
+from .problem import FunctionProblem
+from .results import OptimizeResult
+from .run import Run
+from .saddle import Ends, Line, has_negative
 
 # Steps in a row that only the gradient calls a decrease. At a kink, or below the spacing of numbers, it calls
 # all of them so.

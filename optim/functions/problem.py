@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.bounds import Box
-from optim.functions.derivatives import Slopes
-from optim.functions.frame import Frame
-from optim.functions.variables import Variables
-from optim.methods import control
-from optim.methods.problem import QuadraticModel, Trial, norm
 from secondorder import FunctionOperator, Hessian, LinearOperator, MatrixOperator
 from secondorder.autodiff.decompose import Rung, eager
 from secondorder.autodiff.graph import has_compiled
+
+from ..methods import control
+from ..methods.problem import QuadraticModel, Trial, norm
+from .bounds import Box
+from .derivatives import Slopes
+from .frame import Frame
+from .variables import Variables
 
 # Of x as the user gave it, and further arguments.
 Function = Callable[..., Any]

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.functions.bounds import Box
-from optim.functions.derivatives import jacobian
-from optim.functions.frame import Frame
-from optim.functions.problem import Counts, Evaluation
-from optim.functions.robust import Robust
-from optim.methods import control
-from optim.methods.problem import QuadraticModel, Residuals, Trial, norm
 from secondorder import FunctionOperator, Jacobian, LinearOperator, MatrixOperator
+
+from ..methods import control
+from ..methods.problem import QuadraticModel, Residuals, Trial, norm
+from .bounds import Box
+from .derivatives import jacobian
+from .frame import Frame
+from .problem import Counts, Evaluation
+from .robust import Robust
 
 # What a user gives for derivatives: x, further arguments -> a matrix (m, n).
 UserJacobian = Callable[..., Any]

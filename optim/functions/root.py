@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.functions.implicit import attach, depends
-from optim.functions.least_squares import LeastSquaresResult, least_squares
-from optim.functions.problem import Evaluation, Function
-from optim.functions.results import OptimizeResult
-from optim.functions.run import Callback
-from optim.functions.variables import Variables
-from optim.methods.options import check_optional, refuse_arguments
+from ..methods.options import check_optional, refuse_arguments
+from .implicit import attach, depends
+from .least_squares import LeastSquaresResult, least_squares
+from .problem import Evaluation, Function
+from .results import OptimizeResult
+from .run import Callback
+from .variables import Variables
 
 INSTEAD = {
     "method": "Leave it out: it is Gauss-Newton's method, which is Newton's here, damped where that fails.",

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from tqdm import tqdm
 
-from optim.functions.problem import Counts
-from optim.functions.results import OptimizeResult, Record
-from optim.methods.control import Rule
-from optim.methods.problem import Problem, QuadraticModel
-from optim.methods.step import Options, Outcome, Step
-from optim.methods.subspace import Subspace
+from ..methods.control import Rule
+from ..methods.problem import Problem, QuadraticModel
+from ..methods.step import Options, Outcome, Step
+from ..methods.subspace import Subspace
+from .problem import Counts
+from .results import OptimizeResult, Record
 
 Callback = Callable[[OptimizeResult], Any]
 

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from optim.methods.problem import QuadraticModel
-from optim.methods.subspace import Solution
 from secondorder.solvers import eigsh
+
+from ..methods.problem import QuadraticModel
+from ..methods.subspace import Solution
 
 # Beside 1000 eigenvalues down to zero they find one that is negative by a hundredth of the largest, or more.
 LANCZOS_STEPS = 60

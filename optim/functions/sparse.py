@@ -7,8 +7,15 @@ import torch
 from scipy.sparse import csc_matrix, diags
 from torch import Tensor
 
-from optim.functions.frame import Frame
-from optim.functions.newton import (
+from secondorder import FunctionOperator
+from secondorder.functional import sparse_hessian
+
+from ..methods.control import Rule
+from ..methods.factored import Factored
+from ..methods.problem import QuadraticModel, norm
+from ..methods.subspace import Subspace
+from .frame import Frame
+from .newton import (
     NEAR,
     Newton,
     Report,
@@ -18,14 +25,8 @@ from optim.functions.newton import (
     is_short,
     scale_by,
 )
-from optim.functions.problem import Evaluation, FunctionProblem
-from optim.functions.saddle import Ends, Line, has_negative
-from optim.methods.control import Rule
-from optim.methods.factored import Factored
-from optim.methods.problem import QuadraticModel, norm
-from optim.methods.subspace import Subspace
-from secondorder import FunctionOperator
-from secondorder.functional import sparse_hessian
+from .problem import Evaluation, FunctionProblem
+from .saddle import Ends, Line, has_negative
 
 
 class Sparse(Newton):

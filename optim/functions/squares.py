@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.frame import Frame
-from optim.functions.residuals import ResidualProblem, model_of
-from optim.functions.results import OptimizeResult
-from optim.functions.run import Run
-from optim.methods.acceleration import Acceleration
-from optim.methods.control import ACCEPTANCE, Nielsen, Rule
-from optim.methods.residual import Residual
-from optim.methods.scale import more_scale
-from optim.methods.step import Options, Outcome
-from optim.methods.subspace import Solution
+from ..methods.acceleration import Acceleration
+from ..methods.control import ACCEPTANCE, Nielsen, Rule
+from ..methods.residual import Residual
+from ..methods.scale import more_scale
+from ..methods.step import Options, Outcome
+from ..methods.subspace import Solution
+from .frame import Frame
+from .residuals import ResidualProblem, model_of
+from .results import OptimizeResult
+from .run import Run
 
 # The first damping, in units of the squared norm of a column (Moré's scale), or of the largest one.
 FIRST_DAMPING = 1e-3

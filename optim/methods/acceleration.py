@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from optim.methods.residual import Residual
-from optim.methods.subspace import Solution
+from .residual import Residual
+from .subspace import Solution
 
 # The part of a step at which residuals are looked at, and the largest ratio of twice the acceleration to the
 # step at which the expansion is trusted (section 4 there).

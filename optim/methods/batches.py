@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from optim.methods.problem import Trial
+from .problem import Trial
 
 # A loss that differs by more than this, relative, is of other samples.
 CHANGE = 1e-3

@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optim.methods.basis import uploaded
-from optim.methods.forms import LARGE
-from optim.methods.problem import Rows
 from secondorder.vectors.host import fetched, is_true, read, waits
+
+from .basis import uploaded
+from .forms import LARGE
+from .problem import Rows
 
 # Units of rounding to which A A^T is known: below that damping needs the singular values of A itself.
 RESOLUTION = 100.0

@@ -14,8 +14,8 @@ import torch
 from scipy.sparse import identity
 from scipy.sparse.linalg import splu
 
-from optim.methods.problem import QuadraticModel
-from optim.methods.subspace import Solution
+from .problem import QuadraticModel
+from .subspace import Solution
 
 # A step this near to the radius, relative, is on it.
 ON_RADIUS = 0.1

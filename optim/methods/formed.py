@@ -6,11 +6,12 @@ import time
 
 import torch
 
-from optim.methods.basis import uploaded
-from optim.methods.problem import QuadraticModel
-from optim.methods.subspace import Bound, Diagonal, Solution, least_damping
 from secondorder.solvers.direct import Spectrum
 from secondorder.vectors.host import fetched, is_true, waits
+
+from .basis import uploaded
+from .problem import QuadraticModel
+from .subspace import Bound, Diagonal, Solution, least_damping
 
 
 class Formed:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.methods.basis import Basis, uploaded
-from optim.methods.problem import QuadraticModel, norm
-from optim.methods.subspace import Bound, Coordinates, Diagonal, Solution, least_damping
+from .basis import Basis, uploaded
+from .problem import QuadraticModel, norm
+from .subspace import Bound, Coordinates, Diagonal, Solution, least_damping
 
 # A residual below this, relative and squared, is lost in the products that it is a difference of.
 RESOLUTION = 100.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from optim.methods import control
-from optim.methods.problem import Problem, QuadraticModel, Trial
 from secondorder.vectors.host import read
+
+from . import control
+from .problem import Problem, QuadraticModel, Trial
 
 
 class Judgement(NamedTuple):

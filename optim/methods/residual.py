@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.methods.basis import uploaded
-from optim.methods.decomposition import RESOLUTION, Decomposition, decomposed
-from optim.methods.problem import QuadraticModel, Residuals
-from optim.methods.subspace import Solution, least_damping
 from secondorder.vectors.host import read
+
+from .basis import uploaded
+from .decomposition import RESOLUTION, Decomposition, decomposed
+from .problem import QuadraticModel, Residuals
+from .subspace import Solution, least_damping
 
 # A gradient that differs from that of the residuals by more than this, relative, is of something else.
 AGREEMENT = 1e-3

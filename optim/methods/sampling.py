@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.methods.control import LOW
+from .control import LOW
 
 # As measured: the part of the samples that a first step takes, and how few; of fewer than this all are taken.
 FIRST_SHARE, FEWEST, WORTH_IT = 1 / 16, 64, 256

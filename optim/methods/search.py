@@ -6,9 +6,10 @@ import math
 
 from torch import Tensor
 
-from optim.methods.problem import Problem, QuadraticModel, Trial
-from optim.methods.subspace import Solution
 from secondorder.vectors.host import read
+
+from .problem import Problem, QuadraticModel, Trial
+from .subspace import Solution
 
 # Armijo's constant and the shrinking of the step in the line search (Martens' Hessian-free code).
 SUFFICIENT_DECREASE = 0.01

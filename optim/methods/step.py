@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from optim.methods import control
-from optim.methods.control import Rule
-from optim.methods.judge import Judgement, judge
-from optim.methods.problem import Problem, QuadraticModel, Trial
-from optim.methods.search import search
-from optim.methods.subspace import Solution, Subspace
+from . import control
+from .control import Rule
+from .judge import Judgement, judge
+from .problem import Problem, QuadraticModel, Trial
+from .search import search
+from .subspace import Solution, Subspace
 
 # A model that was right to this says itself what twice the step would give.
 RIGHT = 0.1

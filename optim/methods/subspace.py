@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from optim.methods.cubic import minimise_cubic
 from secondorder.solvers.trust_region import minimise_diagonal
+
+from .cubic import minimise_cubic
 
 
 class Solution(NamedTuple):

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optim.methods.problem import QuadraticModel
-from optim.methods.subspace import Solution
 from secondorder import LinearOperator, SolveResult, cg, gltr, steihaug
 from secondorder.solvers import NystromPreconditioner, RelativeProgress, nystrom
 from secondorder.vectors.flat import is_finite
 from secondorder.vectors.host import read
+
+from .problem import QuadraticModel
+from .subspace import Solution
 
 # Curvature, minus the gradient, damping or radius.
 Solver = Callable[[LinearOperator, Tensor, float], tuple[SolveResult, tuple[Tensor, ...]]]

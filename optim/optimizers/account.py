@@ -6,12 +6,13 @@ import math
 import time
 from typing import NamedTuple
 
-from optim.methods.forms import PASS_COST
-from optim.methods.residual import Residual
-from optim.optimizers.problem import ClosureProblem
-from optim.optimizers.report import UNUSED, Seconds, StepReport
-from optim.optimizers.stepping import Result
 from secondorder.vectors import host
+
+from ..methods.forms import PASS_COST
+from ..methods.residual import Residual
+from .problem import ClosureProblem
+from .report import UNUSED, Seconds, StepReport
+from .stepping import Result
 
 # In gradients: one forward and one backward pass, the backward twice the forward.
 FORWARD_COST, RECORD_COST = 1 / 3, 1.0

@@ -17,21 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from optim.closure.evaluate import ClosureEvaluator, Evaluation
-from optim.closure.source import Source
-from optim.methods.options import OF_GROUPS, check_flags, check_groups, check_joint, make_plain
-from optim.optimizers.account import Clock, Cost, reported
-from optim.optimizers.checkpoint import packed, unpack
-from optim.optimizers.checks import Notices
-from optim.optimizers.curvature import Curvature
-from optim.optimizers.decay import WeightDecay
-from optim.optimizers.groups import Groups, joint, moving
-from optim.optimizers.kept import VALUES, Kept, column_scale
-from optim.optimizers.problem import ClosureProblem
-from optim.optimizers.report import History, StepReport
-from optim.optimizers.sampling import Sampler
-from optim.optimizers.stepping import Method, find_step, make_state
 from secondorder.autodiff.guard import surely
+
+from ..closure.evaluate import ClosureEvaluator, Evaluation
+from ..closure.source import Source
+from ..methods.options import OF_GROUPS, check_flags, check_groups, check_joint, make_plain
+from .account import Clock, Cost, reported
+from .checkpoint import packed, unpack
+from .checks import Notices
+from .curvature import Curvature
+from .decay import WeightDecay
+from .groups import Groups, joint, moving
+from .kept import VALUES, Kept, column_scale
+from .problem import ClosureProblem
+from .report import History, StepReport
+from .sampling import Sampler
+from .stepping import Method, find_step, make_state
 
 # Learned, in all groups: None before the first step.
 LEARNED: dict[str, Any] = {"batch_noise": None, "gradient_norm": None, "usual_products": 0.0, VALUES: ()}

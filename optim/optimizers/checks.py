@@ -9,8 +9,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from optim.closure.evaluate import ClosureEvaluator, Evaluation
-from optim.optimizers.report import NOT_TRIED
+from ..closure.evaluate import ClosureEvaluator, Evaluation
+from .report import NOT_TRIED
 
 # Relative difference between the loss returned and the loss differentiated that is more than rounding; and
 # between two runs in single precision, which autocast computes in half.

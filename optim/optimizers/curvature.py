@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.closure.coverage import Coverage
-from optim.closure.evaluate import Evaluation
-from optim.methods.basis import uploaded
-from optim.methods.problem import Form
-from optim.optimizers.checks import UNSAMPLED, Notices
-from optim.optimizers.sampling import Part, Sampler
 from secondorder import GaussNewton, Hessian, LinearOperator
 from secondorder.operators.curvature import GradientBlock
+
+from ..closure.coverage import Coverage
+from ..closure.evaluate import Evaluation
+from ..methods.basis import uploaded
+from ..methods.problem import Form
+from .checks import UNSAMPLED, Notices
+from .sampling import Part, Sampler
 
 # Losses that are negative log-likelihoods of outputs in their natural parameters: the Hessian in the outputs
 # does not depend on the target, and is its own expectation over targets of the model's distribution.

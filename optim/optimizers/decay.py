@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.optimizers.groups import spread
 from secondorder.vectors.flat import flatten
+
+from .groups import spread
 
 
 class WeightDecay(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from optim.closure.evaluate import Evaluation
-from optim.methods.control import Nielsen, marquardt
-from optim.methods.options import (
+from ..closure.evaluate import Evaluation
+from ..methods.control import Nielsen, marquardt
+from ..methods.options import (
     check_choice,
     check_count,
     check_fraction,
@@ -20,14 +20,14 @@ from optim.methods.options import (
     given,
     refuse,
 )
-from optim.methods.subspace import DAMPED
-from optim.methods.truncated import conjugate_gradients
-from optim.optimizers.base import SecondOrderOptimizer
-from optim.optimizers.curvature import Curvature, gauss_newton
-from optim.optimizers.groups import moving
-from optim.optimizers.report import StepReport
-from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch, refuse_closure
-from optim.optimizers.stepping import Method, prefers_residuals
+from ..methods.subspace import DAMPED
+from ..methods.truncated import conjugate_gradients
+from .base import SecondOrderOptimizer
+from .curvature import Curvature, gauss_newton
+from .groups import moving
+from .report import StepReport
+from .sampling import LEARNED, Sampler, check_curvature_batch, refuse_closure
+from .stepping import Method, prefers_residuals
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
 # Relative residuals that leave little to gain: of a space, as measured, and of CG.

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from optim.closure.evaluate import Evaluation
-from optim.closure.hidden import HiddenStates
-from optim.methods.control import marquardt, martens
-from optim.methods.options import (
+from ..closure.evaluate import Evaluation
+from ..closure.hidden import HiddenStates
+from ..methods.control import marquardt, martens
+from ..methods.options import (
     check_choice,
     check_count,
     check_fraction,
@@ -22,15 +22,15 @@ from optim.methods.options import (
     given,
     refuse,
 )
-from optim.methods.subspace import DAMPED
-from optim.methods.truncated import truncated_gradients
-from optim.optimizers.base import SecondOrderOptimizer
-from optim.optimizers.curvature import Curvature, Structured, fisher, gauss_newton, hessian, with_states
-from optim.optimizers.groups import moving
-from optim.optimizers.kept import SKETCH_VALUES, SOLUTION, Kept
-from optim.optimizers.report import StepReport
-from optim.optimizers.sampling import LEARNED, Sampler, check_curvature_batch, refuse_closure
-from optim.optimizers.stepping import Method
+from ..methods.subspace import DAMPED
+from ..methods.truncated import truncated_gradients
+from .base import SecondOrderOptimizer
+from .curvature import Curvature, Structured, fisher, gauss_newton, hessian, with_states
+from .groups import moving
+from .kept import SKETCH_VALUES, SOLUTION, Kept
+from .report import StepReport
+from .sampling import LEARNED, Sampler, check_curvature_batch, refuse_closure
+from .stepping import Method
 
 SOLVERS = ("auto", "subspace", "cg")
 CURVATURES = {"gauss-newton": gauss_newton, "fisher": fisher}

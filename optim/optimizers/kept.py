@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.methods.grown import Grown, Ritz
-from optim.methods.scale import more_scale
-from optim.methods.subspace import Subspace
-from optim.methods.truncated import Sketch, Truncated
 from secondorder.solvers import NystromPreconditioner
 from secondorder.vectors.flat import flatten, flatten_rows, unflatten, unflatten_rows
 from secondorder.vectors.host import listed
+
+from ..methods.grown import Grown, Ritz
+from ..methods.scale import more_scale
+from ..methods.subspace import Subspace
+from ..methods.truncated import Sketch, Truncated
 
 # Of state: Ritz vectors of the last space, and of a sketch, shape (k, *p.shape); the last solution of CG; the
 # last step, where batches differ; the last step, of which a part is taken again; the scale of the variables.

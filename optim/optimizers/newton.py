@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from optim.closure.evaluate import Evaluation
-from optim.methods.control import cubic, trust_radius
-from optim.methods.options import (
+from ..closure.evaluate import Evaluation
+from ..methods.control import cubic, trust_radius
+from ..methods.options import (
     check_choice,
     check_count,
     check_optional,
@@ -19,14 +19,14 @@ from optim.methods.options import (
     given,
     refuse,
 )
-from optim.methods.subspace import CUBIC, SADDLE_FREE, WITHIN
-from optim.methods.truncated import in_radius
-from optim.optimizers.base import SecondOrderOptimizer
-from optim.optimizers.curvature import Curvature, hessian
-from optim.optimizers.groups import moving
-from optim.optimizers.report import StepReport
-from optim.optimizers.sampling import Sampler
-from optim.optimizers.stepping import Method
+from ..methods.subspace import CUBIC, SADDLE_FREE, WITHIN
+from ..methods.truncated import in_radius
+from .base import SecondOrderOptimizer
+from .curvature import Curvature, hessian
+from .groups import moving
+from .report import StepReport
+from .sampling import Sampler
+from .stepping import Method
 
 SOLVERS = ("auto", "subspace", "direct", "cg")
 BALLS = {"trust-region": WITHIN, "saddle-free": SADDLE_FREE}

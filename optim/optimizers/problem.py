@@ -9,17 +9,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optim.closure.evaluate import ClosureEvaluator, Evaluation
-from optim.closure.rounding import rounding
-from optim.closure.setting import moved, trial
-from optim.methods import control
-from optim.methods.problem import Form, QuadraticModel, Trial, norm, norms
-from optim.optimizers.decay import WeightDecay
-from optim.optimizers.groups import Groups
-from optim.optimizers.meter import Meter
-from optim.optimizers.residuals import ClosureResiduals
-from optim.optimizers.scaling import Scaling
 from secondorder import LinearOperator
+
+from ..closure.evaluate import ClosureEvaluator, Evaluation
+from ..closure.rounding import rounding
+from ..closure.setting import moved, trial
+from ..methods import control
+from ..methods.problem import Form, QuadraticModel, Trial, norm, norms
+from .decay import WeightDecay
+from .groups import Groups
+from .meter import Meter
+from .residuals import ClosureResiduals
+from .scaling import Scaling
 
 
 class ClosureProblem:

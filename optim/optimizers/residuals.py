@@ -8,19 +8,20 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from optim.closure.evaluate import ClosureEvaluator, Evaluation
-from optim.closure.losses import LossLog
-from optim.closure.setting import trial
-from optim.methods.forms import residual_cost
-from optim.methods.problem import Residuals
-from optim.optimizers.decay import WeightDecay
-from optim.optimizers.meter import Meter
-from optim.optimizers.scaling import Scaling
 from secondorder import GaussNewton, LinearOperator
 from secondorder.operators.parameters import Jacobian
 from secondorder.operators.per_sample import Layers
 from secondorder.operators.residual import ResidualJacobian
 from secondorder.vectors.flat import flatten
+
+from ..closure.evaluate import ClosureEvaluator, Evaluation
+from ..closure.losses import LossLog
+from ..closure.setting import trial
+from ..methods.forms import residual_cost
+from ..methods.problem import Residuals
+from .decay import WeightDecay
+from .meter import Meter
+from .scaling import Scaling
 
 # Of the matrix, while it is decomposed; and operations of a product for each multiplication of ``J v``.
 COPIES, PRODUCT = 3, 8.0

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.closure.calls import Calls
-from optim.closure.coverage import Coverage
-from optim.closure.evaluate import ClosureEvaluator, Evaluation
-from optim.closure.samples import NoSamplesError, Samples
-from optim.methods import sampling
-from optim.methods.options import as_number
 from secondorder import LinearOperator
+
+from ..closure.calls import Calls
+from ..closure.coverage import Coverage
+from ..closure.evaluate import ClosureEvaluator, Evaluation
+from ..closure.samples import NoSamplesError, Samples
+from ..methods import sampling
+from ..methods.options import as_number
 
 # Learned: the part of the samples, None before the first step, and how often they were drawn.
 LEARNED: dict[str, Any] = {"curvature_share": None, "curvature_draws": 0}

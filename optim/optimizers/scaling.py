@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.optimizers.groups import Groups, moving, of_groups, spread
 from secondorder import FunctionOperator, LinearOperator
+
+from .groups import Groups, moving, of_groups, spread
 
 
 class Scaling(NamedTuple):

@@ -9,28 +9,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.closure.evaluate import Evaluation
-from optim.methods import control, search
-from optim.methods.acceleration import Acceleration
-from optim.methods.batches import GAIN, LEAST_RATIO, MORE, BatchNoise
-from optim.methods.control import Rule
-from optim.methods.formed import Formed
-from optim.methods.forms import BENT, PASS_COST, USUAL, Form, choose, usual_cost
-from optim.methods.grown import Grown, Growth
-from optim.methods.problem import QuadraticModel, Trial
-from optim.methods.residual import Residual
-from optim.methods.sampling import share_of
-from optim.methods.step import Options, Outcome, Step
-from optim.methods.subspace import Bound, Subspace
-from optim.methods.truncated import Sketch, Solver, Truncated
-from optim.optimizers.groups import Groups, moving, rates
-from optim.optimizers.kept import LAST, SKETCH, SOLUTION, STEP, VECTORS, Kept
-from optim.optimizers.problem import ClosureProblem
-from optim.optimizers.residuals import Known, cost_of
 from secondorder.operators.parameters import Jacobian
 from secondorder.operators.pieces import TooLargeError
 from secondorder.vectors.flat import is_finite
 from secondorder.vectors.host import read
+
+from ..closure.evaluate import Evaluation
+from ..methods import control, search
+from ..methods.acceleration import Acceleration
+from ..methods.batches import GAIN, LEAST_RATIO, MORE, BatchNoise
+from ..methods.control import Rule
+from ..methods.formed import Formed
+from ..methods.forms import BENT, PASS_COST, USUAL, Form, choose, usual_cost
+from ..methods.grown import Grown, Growth
+from ..methods.problem import QuadraticModel, Trial
+from ..methods.residual import Residual
+from ..methods.sampling import share_of
+from ..methods.step import Options, Outcome, Step
+from ..methods.subspace import Bound, Subspace
+from ..methods.truncated import Sketch, Solver, Truncated
+from .groups import Groups, moving, rates
+from .kept import LAST, SKETCH, SOLUTION, STEP, VECTORS, Kept
+from .problem import ClosureProblem
+from .residuals import Known, cost_of
 
 # The first one, of that which halves the step to the minimum along the gradient: a tenth of the curvature
 # there, or the radius in which all of that step fits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim.methods.control import ACCEPTANCE, GOOD, LOW, MAX_DAMPING, MIN_DAMPING, MIN_RADIUS
+from ...methods.control import ACCEPTANCE, GOOD, LOW, MAX_DAMPING, MIN_DAMPING, MIN_RADIUS
 
 
 def nielsen_damping(damping: Tensor, growth: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.functions.batched import newton, squares
-from optim.functions.batched.evaluation import Batch, batch_of
-from optim.functions.batched.state import CODES, STATUSES, Solved
-from optim.functions.implicit import attach, depends, gradient_of
-from optim.functions.results import OptimizeResult
-from optim.functions.run import check_call
-from optim.functions.variables import DTYPES
+from ..implicit import attach, depends, gradient_of
+from ..results import OptimizeResult
+from ..run import check_call
+from ..variables import DTYPES
+from . import newton, squares
+from .evaluation import Batch, batch_of
+from .state import CODES, STATUSES, Solved
 
 # Of small problems: what is not solved then is stuck.
 MAX_ITER = 300

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.batched import control
-from optim.functions.batched.evaluation import Batch, is_separable
-from optim.functions.batched.factors import cholesky_solve
-from optim.functions.batched.state import CODES, Ledger, Solved
-from optim.methods.control import ACCEPTANCE, CANCELLATION, NOISE_FACTOR
+from ...methods.control import ACCEPTANCE, CANCELLATION, NOISE_FACTOR
+from . import control
+from .evaluation import Batch, is_separable
+from .factors import cholesky_solve
+from .state import CODES, Ledger, Solved
 
 # In units of the curvature along each variable. A first step that is refused costs little.
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-6, 1e-20, 1e30

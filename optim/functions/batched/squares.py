@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.functions.batched import control
-from optim.functions.batched.evaluation import Batch, is_separable
-from optim.functions.batched.factors import least_squares_solve, norms, row_sums
-from optim.functions.batched.state import CODES, Ledger, Solved
-from optim.methods.acceleration import LARGEST, PART, SEEN
-from optim.methods.control import ACCEPTANCE
-from optim.methods.scale import GROWING
+from ...methods.acceleration import LARGEST, PART, SEEN
+from ...methods.control import ACCEPTANCE
+from ...methods.scale import GROWING
+from . import control
+from .evaluation import Batch, is_separable
+from .factors import least_squares_solve, norms, row_sums
+from .state import CODES, Ledger, Solved
 
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-3, 1e-20, 1e30
 # Rounding of the residuals, in units of what one rounding of x and of each residual does to them.
