@@ -62,6 +62,7 @@ class Asked(NamedTuple):
     Attributes:
         loss: What the closure returned as loss.
         value: The same as a number.
+        norm: Of the gradient.
         roots: The tensors to differentiate, each with its weight.
         outputs: Those that the user named.
         partial: As in ``Evaluation``.
@@ -70,6 +71,7 @@ class Asked(NamedTuple):
 
     loss: Tensor | float
     value: float
+    norm: float
     roots: Weighted
     outputs: Sequence[Tensor] = ()
     partial: str = ""
@@ -126,13 +128,14 @@ class ClosureEvaluator:
     def _evaluated(self, returned: Any, mode: Record) -> Evaluation:
         """Of a closure that ran."""
         loss, outputs = split(returned)
-        value, filled = finite(loss), mode.filled_from()
+        filled = mode.filled_from()
         roots = filled or [root_of(loss)]
         self._note(roots, mode)
         if not filled:
             gradients.fill(self._parameters, loss)
-        asked = Asked(loss, value, roots, outputs, *_earlier(mode.earlier_passes))
         gradient = gradients.flat(self._parameters)
+        value, norm = gradients.measured(loss, gradient)
+        asked = Asked(loss, value, norm, roots, outputs, *_earlier(mode.earlier_passes))
         return evaluation_of(asked, mode, gradient, self._parameters, self._sign)
 
     def _note(self, roots: Weighted, mode: Record) -> None:
@@ -159,15 +162,21 @@ class ClosureEvaluator:
                 remedy = "no decomposition of it is known here; replace it by differentiable operations"
                 raise MissingDerivativeError(error.operation, remedy) from error
 
-    def value(self, log: LossLog | None = None) -> float:
+    def value(self, beside: Tensor | None = None) -> float:
         """The loss at the present parameters; NaN and infinity are values here, not errors.
 
-        ``log`` takes the known losses.
+        ``beside`` is added to what is minimised, and read with it.
         """
+        own = beside if beside is None or self._sign > 0 else -beside
+        return self._sign * number(self.run(), own)
+
+    def run(self, log: LossLog | None = None) -> Tensor | float:
+        """The loss at the present parameters, which is not read; ``log`` takes the known losses."""
         differentiates = self._differentiates
         with self._runs.without_trace(self._leaves) as (guard, grads):
             mode = Value(guard, grads, differentiates, self._runs.random, log)
-            return self._sign * number(self._runs.again(mode, gradients=differentiates))
+            loss: Tensor | float = self._runs.again(mode, gradients=differentiates)
+            return loss
 
     def gradient(self) -> Tensor:
         """The gradient at the present parameters, flat; ``.grad`` is left alone."""
@@ -200,7 +209,8 @@ class ClosureEvaluator:
             mode = Record(self._parameters, guard, self._runs.random)
             with mode:
                 loss, outputs = split(closure())
-            asked = Asked(loss, finite(loss), mode.filled_from() or [root_of(loss)], outputs)
+            roots = mode.filled_from() or [root_of(loss)]
+            asked = Asked(loss, finite(loss), evaluation.norm, roots, outputs)
             other = evaluation_of(asked, mode, evaluation.gradient, self._parameters, self._sign)
         return evaluation._replace(objective=other.objective, coverage=other.coverage)
 
@@ -231,7 +241,6 @@ def evaluation_of(
     asked: Asked, mode: Record, gradient: Tensor, parameters: Sequence[Tensor], sign: int
 ) -> Evaluation:
     """With objective and coverage of the roots, at curvature ``scale`` times theirs; ``sign`` times all."""
-    size = gradients.norm(gradient)
     tensors = [root for root, _ in asked.roots]
     factor = sign * asked.scale
     is_loss = mode.is_plain and len(tensors) == 1 and tensors[0] is asked.loss
@@ -243,9 +252,11 @@ def evaluation_of(
         coverage = explicit(objective, asked.outputs, parameters)._replace(squares=squares)
     if sign < 0:
         gradient = -gradient
-    loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss)
+    loss = asked.loss.detach() if isinstance(asked.loss, Tensor) else torch.tensor(asked.loss, device="cpu")
     value, entropies = sign * asked.value, mode.log.cross_entropies()
-    return Evaluation(loss, value, objective, gradient, size, coverage, asked.partial, entropies, is_loss)
+    return Evaluation(
+        loss, value, objective, gradient, asked.norm, coverage, asked.partial, entropies, is_loss
+    )
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from secondorder.autodiff.guard import surely
 from secondorder.vectors.flat import flatten
+from secondorder.vectors.host import read
+
+from .returned import finite
 
 # Tensors, each with what its ``.grad`` held.
 Grads = Sequence[tuple[Tensor, Tensor | None]]
@@ -42,14 +45,21 @@ def flat(parameters: Sequence[Tensor]) -> Tensor:
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def norm(gradient: Tensor) -> float:
-    """Its Euclidean norm, which is not zero where an entry is not: one host read.
+def measured(loss: Tensor | float, gradient: Tensor) -> tuple[float, float]:
+    """The loss, and the Euclidean norm of the gradient, not zero where an entry is not: one host read.
 
     Raises:
-        RuntimeError: it is not finite.
+        RuntimeError: one of them is not finite.
     """
-    orders = torch.stack([torch.linalg.vector_norm(gradient, order) for order in (math.inf, 2)])
-    largest, size = orders.tolist()
+    orders = [torch.linalg.vector_norm(gradient, order) for order in (math.inf, 2)]
+    # A loss on another device, or in a higher precision, is read as it is.
+    is_like = isinstance(loss, Tensor) and loss.device == gradient.device and loss.dtype == gradient.dtype
+    first = [loss.reshape(())] if isinstance(loss, Tensor) and is_like else []
+    largest, size, *value = read(*orders, *first)
+    return finite(value[0] if value else loss), _norm(gradient, largest, size)
+
+
+def _norm(gradient: Tensor, largest: float, size: float) -> float:
     if not math.isfinite(largest):
         raise RuntimeError(
             "the gradient at the current parameters must be finite, got NaN or infinity;"
@@ -60,7 +70,7 @@ def norm(gradient: Tensor) -> float:
     is_safe = largest * numbers.eps > math.sqrt(numbers.tiny) and math.isfinite(size)
     if largest == 0 or is_safe:
         return float(size)
-    return largest * float(torch.linalg.vector_norm(gradient / largest))
+    return largest * read(torch.linalg.vector_norm(gradient / largest))[0]
 
 
 def write(grads: Grads) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff.guard import WriteGuard
+from secondorder.vectors.host import read
 
 from . import gradients
 from .accumulation import Accumulation
@@ -16,7 +17,7 @@ from .calls import Calls
 from .evaluate import Asked, ClosureEvaluator, Evaluation, evaluation_of
 from .modes import Record
 from .nodes import Passes
-from .returned import finite, root_of
+from .returned import root_of
 from .runs import Closure
 from .setting import evaluating
 
@@ -73,15 +74,16 @@ class ReplayEvaluator(ClosureEvaluator):
             # Each call has its own random numbers.
             with self._runs.random.replayed(), mode, calls or contextlib.nullcontext():
                 loss = self._passes.run()
-            value, root = finite(loss), root_of(loss)
+            root = root_of(loss)
             self._note([root], mode)
             gradients.fill(self._parameters, loss)
             tolerance = ROUGH if self._is_rough() else AGREEMENT
             partial, scale = _compare(gradient, gradients.flat(self._parameters), tolerance)
+        value, norm = gradients.measured(loss, gradient)
         before = self._passes.value()
         if abs(value - before) > AGREEMENT * max(abs(value), abs(before)):
             gap = gap or f"the loss was {before:.6g} and is {value:.6g} when it is computed again"
-        asked = Asked(loss, value, [root], (), gap or partial, scale)
+        asked = Asked(loss, value, norm, [root], (), gap or partial, scale)
         return evaluation_of(asked, mode, gradient, self._parameters, self._sign)
 
     def repeated(self, objective: Tensor) -> float | None:
@@ -97,11 +99,13 @@ def _compare(gradient: Tensor, again: Tensor, tolerance: float) -> tuple[str, fl
 
     Clipped to a norm, it is a part of it: what is modelled is then still the loss.
     """
-    square = float(again.dot(again))
-    if square == 0 and not bool(gradient.any()):
+    along, own = gradient.dot(again), again.dot(again)
+    rest = gradient - torch.where(own > 0, along / own, 0.0) * again
+    product, square, size, left, is_there = read(along, own, gradient.norm(), rest.norm(), gradient.any())
+    if square == 0 and not is_there:
         return "", 1.0
-    factor = float(gradient.dot(again)) / square if square > 0 else 0.0
-    is_parallel = float((gradient - factor * again).norm()) <= tolerance * float(gradient.norm())
+    factor = product / square if square > 0 else 0.0
+    is_parallel = left <= tolerance * size
     if not is_parallel or factor <= 0:
         return "what .grad holds is not the gradient of the loss that was computed with model=", 1.0
     if factor > 1 + tolerance:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secondorder.vectors.host import read
+
 
 def split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
     """The loss and the explicit outputs of what the closure returned."""
@@ -38,9 +40,13 @@ def split(returned: Any) -> tuple[Any, tuple[Tensor, ...]]:
     return loss, outputs
 
 
-def number(loss: Tensor | float) -> float:
-    """The loss as a number: one host read."""
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+def number(loss: Tensor | float, beside: Tensor | None = None) -> float:
+    """The loss as a number, and what is ``beside`` it added: one host read."""
+    if not isinstance(loss, Tensor):
+        return float(loss) + (0.0 if beside is None else read(beside)[0])
+    if beside is None:
+        return read(loss)[0]
+    return sum(read(loss.reshape(()), beside.to(loss.device)))
 
 
 def finite(loss: Tensor | float) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secondorder.vectors.host import read
+
 from .evaluate import Evaluation
 from .losses import CROSS_ENTROPIES, RecordedLoss
 
@@ -26,7 +28,7 @@ def rounding(evaluation: Evaluation) -> float:
     weights = torch.autograd.grad(objective, results, retain_graph=True, allow_unused=True)
     pairs = zip(losses, weights, strict=True)
     sizes = [_size(r, weight).to(objective.device) for r, weight in pairs if weight is not None]
-    return size + (float(torch.stack(sizes).sum()) if sizes else 0.0)
+    return size + (read(torch.stack(sizes).sum())[0] if sizes else 0.0)
 
 
 def _size(recorded: RecordedLoss, weight: Tensor) -> Tensor:

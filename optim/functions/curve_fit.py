@@ -272,7 +272,7 @@ class _Fit:
         if self._jac is None:
             J: Tensor = jacobian(lambda q: self.residual(q, x, y), p)
             return J
-        J = torch.as_tensor(self._jac(x, *p.unbind())).to(p)
+        J = torch.as_tensor(self._jac(x, *p.unbind()), device=p.device).to(p)
         if J.shape != (y.numel(), p.numel()):
             raise ValueError(
                 f"jac must return shape ({y.numel()}, {p.numel()}), a row a measurement, got"
@@ -286,10 +286,11 @@ def _tensor(values: Any, name: str) -> Tensor:
     if not isinstance(values, Tensor):
         parts = values if isinstance(values, tuple | list) else ()
         try:
+            devices = [part.device for part in parts if isinstance(part, Tensor)]
             values = (
-                torch.stack([torch.as_tensor(part) for part in parts])
-                if any(isinstance(part, Tensor) for part in parts)
-                else torch.as_tensor(np.asarray(values))
+                torch.stack([torch.as_tensor(part, device=devices[0]) for part in parts])
+                if devices
+                else torch.as_tensor(np.asarray(values), device="cpu")
             )
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
@@ -353,5 +354,5 @@ def _rank(J: Tensor) -> int:
     """In units in which the columns have length one."""
     lengths = J.norm(dim=0)
     scaled = torch.where(lengths > 0, J / lengths, 0.0)
-    values = torch.linalg.svdvals(scaled)
+    values = torch.linalg.svdvals(scaled)  # waits: once a fit
     return int((values > torch.finfo(J.dtype).eps * max(J.shape) * values[0]).sum())

@@ -77,7 +77,8 @@ class LargeSquares:
         # LSMR measures the gradient of the model beside norm(J) norm(r), whatever it was at first.
         beside = math.sqrt(self._steepest) * self._norm
         self._rtol = max(SOLVED * slope / beside, self._eps) if beside > 0 else SOLVED
-        self._space = Truncated(self.model, _by_lsmr(self.jacobian, self.residuals, self._rtol), damps=True)
+        solver = _by_lsmr(self.jacobian, self.residuals, self._rtol)
+        self._space = Truncated(self.model, solver, damps=True, is_undamped=True)
         self._noise = self._eps * (float((self.jacobian @ frame.step(problem.point.x)).norm()) + self._norm)
         problem.rounding_of_residuals = self._noise
 

@@ -311,7 +311,9 @@ def _check_large(box: Box | None, jac: Any) -> None:
 def _root(weights: Any) -> Tensor | None:
     if weights is None:
         return None
-    weights = torch.as_tensor(weights).detach()
+    if not isinstance(weights, Tensor):
+        weights = torch.as_tensor(weights, device="cpu")
+    weights = weights.detach()
     if not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
         raise ValueError("weights must be finite and not negative, got others; they are inverse variances.")
     return weights.sqrt()

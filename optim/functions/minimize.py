@@ -296,7 +296,7 @@ def _derivatives(jac: Any, hess: Any, hessp: Any, evaluation: Evaluation) -> Der
         return variables.pack(jac(variables.unpack(x), *args), "jac(x)")
 
     def hessian(x: Tensor) -> Tensor:
-        matrix = torch.as_tensor(hess(variables.unpack(x), *args)).to(x)
+        matrix = torch.as_tensor(hess(variables.unpack(x), *args), device=x.device).to(x)
         if matrix.shape != (len(x), len(x)):
             raise ValueError(f"hess(x) must have shape {(len(x), len(x))}, got {tuple(matrix.shape)}.")
         return matrix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from secondorder import FunctionOperator, Hessian, LinearOperator, MatrixOperator
+from secondorder.autodiff.decompose import Rung, eager
+from secondorder.autodiff.graph import has_compiled
 
 from ..methods import control
 from ..methods.problem import QuadraticModel, Trial, norm
@@ -63,6 +66,8 @@ class Evaluation:
     """
 
     derivatives = Derivatives()
+    # Around each call.
+    _eager: Rung = contextlib.nullcontext
 
     def __init__(self, fun: Function, variables: Variables, args: Any = (), has_aux: bool = False) -> None:
         if not callable(fun):
@@ -74,11 +79,18 @@ class Evaluation:
     def __call__(self, x: Tensor) -> tuple[Tensor, Any]:
         """The value in the graph of ``x``, and what came with it."""
         self.count += 1
-        return self.at(x, self.args)
+        value, aux = self.at(x, self.args)
+        if self.count == 1 and has_compiled([value]):
+            # It has no second derivative.
+            self._eager = eager
+            value, aux = self.at(x, self.args)
+        return value, aux
 
     def at(self, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Any]:
         """The same with other arguments, not counted."""
-        value, aux = self._fun(self.variables.unpack(x), *args), None
+        aux = None
+        with self._eager():
+            value = self._fun(self.variables.unpack(x), *args)
         if self._has_aux:
             if not (isinstance(value, tuple) and len(value) == 2):
                 raise TypeError(f"fun must return (value, aux) with has_aux, got {type(value).__name__}.")

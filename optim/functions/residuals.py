@@ -111,7 +111,7 @@ class ResidualProblem:
         """Of the weighted residuals in the user's variables, shape (m, n)."""
         self.njev += 1
         if self._jacobian is not None:
-            J = torch.as_tensor(self._jacobian(point.x)).to(point.x)
+            J = torch.as_tensor(self._jacobian(point.x), device=point.x.device).to(point.x)
             if J.shape != (len(point.raw), len(point.x)):
                 wanted = (len(point.raw), len(point.x))
                 raise ValueError(f"jac must return a matrix of shape {wanted}, got {tuple(J.shape)}.")

@@ -137,7 +137,7 @@ class Robust:
 
 def _of_callable(loss: Callable[[Any], Any]) -> Rho:
     def rho(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        values = torch.as_tensor(loss(z)).to(z)
+        values = torch.as_tensor(loss(z), device=z.device).to(z)
         if values.shape != (3, len(z)):
             got = tuple(values.shape)
             raise ValueError(f"loss must return rho and its two derivatives, shape {(3, len(z))}, got {got}.")

@@ -64,19 +64,22 @@ class Variables:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return torch.full_like(start, value)
         if not _has_tensor(value) and self._is_tensor:
-            value = torch.as_tensor(np.asarray(value, dtype=np.float64))
+            value = torch.as_tensor(np.asarray(value, dtype=np.float64), device=start.device)
         leaves, spec = pytree.tree_flatten(value)
         if spec != self._spec:
             raise ValueError(f"{name} must have the structure of {self._name}, {self._spec}, got {spec}.")
         wanted = self._layout.unflatten(start)
         for leaf, like in zip(leaves, wanted, strict=True):
-            if torch.as_tensor(leaf).shape not in (like.shape, ()):
-                got = tuple(torch.as_tensor(leaf).shape)
+            got = tuple(torch.as_tensor(leaf, device=like.device).shape)
+            if got not in (tuple(like.shape), ()):
                 raise ValueError(
                     f"{name} must have the shape of {self._name}, {tuple(like.shape)}, got {got}."
                 )
         return flatten(
-            [torch.as_tensor(a).detach().to(b).expand_as(b) for a, b in zip(leaves, wanted, strict=True)]
+            [
+                torch.as_tensor(a, device=b.device).detach().to(b).expand_as(b)
+                for a, b in zip(leaves, wanted, strict=True)
+            ]
         )
 
 
@@ -94,7 +97,7 @@ def _as_tensor(x0: Any, name: str) -> Tensor:
             f"{name} must hold real floating-point numbers, or tensors of float32 or float64, got"
             f" {array.dtype if isinstance(x0, np.ndarray) else type(x0).__name__}."
         )
-    return torch.as_tensor(array.astype(np.float64))
+    return torch.as_tensor(array.astype(np.float64), device="cpu")
 
 
 def _check(leaf: Any, first: Tensor, name: str) -> None:

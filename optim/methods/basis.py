@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secondorder import LinearOperator
+from secondorder.vectors.host import listed
 
 # A direction of which a second orthogonalisation leaves less is rounding ("twice is enough", Parlett 1980).
 INDEPENDENT = 0.5
@@ -61,14 +62,14 @@ class Basis:
         W[k] = self._B @ V[k]
         self.products += 1
         self.seconds += time.perf_counter() - start
-        read = torch.cat([V @ W[k], W @ W[k], lengths]).tolist()
-        column, square, (first, second) = read[: k + 1], read[k + 1 : 2 * k + 2], read[-2:]
+        known = listed(torch.cat([V @ W[k], W @ W[k], lengths]))
+        column, square, (once_length, length) = known[: k + 1], known[k + 1 : 2 * k + 2], known[-2:]
         is_finite = all(map(math.isfinite, column))
-        if not is_finite or (k and not second > INDEPENDENT * first):
+        if not is_finite or (k and not length > INDEPENDENT * once_length):
             self.end = "converged" if is_finite else "non_finite"
             return
         for matrix, entries in ((self.H, column), (self.G, square)):
-            matrix[k, : k + 1] = matrix[: k + 1, k] = torch.tensor(entries, dtype=torch.float64)
+            matrix[k, : k + 1] = matrix[: k + 1, k] = torch.tensor(entries, dtype=torch.float64, device="cpu")
         self.size = k + 1
         if self.size >= self._max_size:
             self.end = "converged" if self.size == t.numel() else "max_iter"
@@ -76,7 +77,7 @@ class Basis:
     def spectrum(self, k: int) -> tuple[Tensor, Tensor]:
         """Eigenvalues, ascending, and eigenvectors of ``V^T B V`` in the first ``k`` directions."""
         if k not in self._eigen:
-            self._eigen[k] = torch.linalg.eigh(self.H[:k, :k])
+            self._eigen[k] = torch.linalg.eigh(self.H[:k, :k])  # waits: for nothing, it is on the host
         return self._eigen[k]
 
     def combined(self, y: Tensor) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from secondorder.vectors.host import fetched, is_true, read, waits
+
+from .basis import uploaded
 from .forms import LARGE
 from .problem import Rows
 
@@ -31,8 +35,8 @@ class Decomposition(Protocol):
     def projected(self, b: Tensor) -> float:
         """Length of a vector's part in the range of ``A``, for coordinates ``b``."""
 
-    def coordinates(self, u: Tensor) -> Tensor:
-        """Of a vector of residuals, shape (m,)."""
+    def coordinates(self, *vectors: Tensor, beside: Tensor | None = None) -> list[Tensor]:
+        """Of vectors of residuals, shape (m,); and last what else is to be where coordinates are."""
 
     def expanded(self, a: Tensor) -> Tensor:
         """The vector of residuals with these coordinates."""
@@ -48,17 +52,23 @@ class Decomposition(Protocol):
 
 
 class SingularValues:
-    """Of a matrix, by the triangular factor of its tall side; coordinates are on the host."""
+    """Of a matrix, by the triangular factor of its tall side; coordinates are on the host.
 
-    def __init__(self, A: Tensor) -> None:
-        m, n = A.shape
-        Q, R = torch.linalg.qr(A if m >= n else A.T)
+    Args:
+        shape: Of the matrix.
+        Q: Orthonormal columns.
+        R: The triangular factor, on the host, where the small algebra is.
+    """
+
+    def __init__(self, shape: torch.Size, Q: Tensor, R: Tensor) -> None:
+        m, n = shape
         # A = Q U S V^T, or V S U^T Q^T.
-        U, self._s, Vt = torch.linalg.svd(R, full_matrices=False)
-        self._left, self._right = (Q @ U, Vt.T) if m >= n else (Vt.T, Q @ U)
-        host = self._s.double().cpu()
+        U, self._s, Vt = torch.linalg.svd(R, full_matrices=False)  # waits: for nothing, it is on the host
+        U, V = uploaded(U, Q), uploaded(Vt.T, Q)
+        self._left, self._right = (Q @ U, V) if m >= n else (V, Q @ U)
+        host = self._s.double()
         # They fall: those that are not rounding come first.
-        self.rank = int((host > torch.finfo(A.dtype).eps * max(m, n) * host[0]).sum())
+        self.rank = int((host > torch.finfo(Q.dtype).eps * max(m, n) * host[0]).sum())
         host[self.rank :] = 0.0
         self._squares = host.square()
         self.largest = float(self._squares[0])
@@ -68,13 +78,17 @@ class SingularValues:
         """By what is seen."""
         return float(b[: self.rank].norm())
 
-    def coordinates(self, u: Tensor) -> Tensor:
-        """By left singular vectors."""
-        return (self._left.T @ u).double().cpu()
+    def coordinates(self, *vectors: Tensor, beside: Tensor | None = None) -> list[Tensor]:
+        """By left singular vectors: one read for all."""
+        along = torch.stack([self._left.T @ u for u in vectors]).double()
+        if beside is None:
+            return list(fetched(along))
+        both = fetched(torch.cat([along.flatten(), beside.double().flatten()]))
+        return [*both[: along.numel()].view(along.shape), both[along.numel() :].view(beside.shape)]
 
     def expanded(self, a: Tensor) -> Tensor:
         """Their combination."""
-        return self._left @ a.to(self._left)
+        return self._left @ uploaded(a, self._left)
 
     def times(self, a: Tensor) -> Tensor:
         """By squares."""
@@ -88,7 +102,7 @@ class SingularValues:
 
     def pulled(self, a: Tensor) -> Tensor:
         """By right singular vectors."""
-        return self._right @ (self._s * a.to(self._s))
+        return self._right @ uploaded(self._s * a.to(self._s), self._right)
 
 
 class Triangular:
@@ -99,15 +113,15 @@ class Triangular:
 
     smallest = 0.0
 
-    def __init__(self, Q: Tensor, R: Tensor) -> None:
+    def __init__(self, Q: Tensor, R: Tensor, norm: float) -> None:
         self._Q, self._R, self.rank = Q, R, len(R)
-        self.largest = float(torch.linalg.matrix_norm(R)) ** 2
+        self.largest = norm**2
         self._gram = R @ R.T
         self._last: tuple[float, Tensor] | None = None
 
-    def coordinates(self, u: Tensor) -> Tensor:
+    def coordinates(self, *vectors: Tensor, beside: Tensor | None = None) -> list[Tensor]:
         """By the columns of ``Q``."""
-        return self._Q.T @ u
+        return [self._Q.T @ u for u in vectors] + ([] if beside is None else [beside.to(self._Q)])
 
     def expanded(self, a: Tensor) -> Tensor:
         """Their combination."""
@@ -115,7 +129,7 @@ class Triangular:
 
     def projected(self, b: Tensor) -> float:
         """All of it."""
-        return float(b.norm())
+        return read(b.norm())[0]
 
     def times(self, a: Tensor) -> Tensor:
         """Twice by the factor."""
@@ -142,18 +156,18 @@ class GramMatrix:
 
     smallest = 0.0
 
-    def __init__(self, K: Tensor, rows: Rows) -> None:
+    def __init__(self, K: Tensor, rows: Rows, norm: float) -> None:
         self._K, self._rows, self.rank = K, rows, len(K)
-        self.largest = float(torch.linalg.matrix_norm(K))
+        self.largest = norm
         self._last: tuple[float, Tensor] | None = None
 
     def projected(self, b: Tensor) -> float:
         """All of it."""
-        return float(b.norm())
+        return read(b.norm())[0]
 
-    def coordinates(self, u: Tensor) -> Tensor:
-        """Itself."""
-        return u
+    def coordinates(self, *vectors: Tensor, beside: Tensor | None = None) -> list[Tensor]:
+        """Themselves."""
+        return [*vectors] + ([] if beside is None else [beside.to(self._K)])
 
     def expanded(self, a: Tensor) -> Tensor:
         """Itself."""
@@ -169,7 +183,7 @@ class GramMatrix:
             shifted = self._K.clone()
             shifted.diagonal().add_(d)
             factor, info = torch.linalg.cholesky_ex(shifted)
-            if bool(info):
+            if is_true(info):
                 values, vectors = self._eigen
                 return vectors @ ((vectors.T @ b) / (values.clamp(min=0) + d))
             self._last = d, factor
@@ -181,28 +195,57 @@ class GramMatrix:
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self._K)
+        waits(self._K)
+        values, vectors = torch.linalg.eigh(self._K)  # waits: once, where rounding leaves no factor
         return values, vectors
 
 
-def decomposed(rows: Rows, damping: float | None) -> Decomposition | None:
-    """That of a Jacobian, good for this damping where it is known; None where it is not finite."""
-    is_wide = rows.shape[0] < rows.shape[1] and (rows.shape[0] > LARGE or not rows.fits)
-    matrix = rows.gram() if is_wide else rows.dense()
-    if not bool(matrix.isfinite().all()):
+def decomposed(
+    rows: Rows, damping: float | None, beside: Callable[[Tensor], list[Tensor]]
+) -> tuple[Decomposition | None, list[float]]:
+    """That of a Jacobian, good for this damping where it is known; None where it is not finite.
+
+    Args:
+        rows: The Jacobian.
+        damping: None where it is not known.
+        beside: Numbers that are wanted of the matrix, if it is formed: read with the others, else not.
+    """
+    if rows.shape[0] < rows.shape[1] and (rows.shape[0] > LARGE or not rows.fits):
+        return _of_gram(rows, damping), []
+    matrix = rows.dense()
+    if LARGE < matrix.shape[1] <= matrix.shape[0]:
+        return _of_tall(matrix, beside(matrix))
+    return _of_small(matrix, beside(matrix))
+
+
+def _of_gram(rows: Rows, damping: float | None) -> Decomposition | None:
+    K = rows.gram()
+    is_finite, norm = read(K.isfinite().all(), torch.linalg.matrix_norm(K))
+    if not is_finite:
         return None
-    if not is_wide:
-        return _of_tall(matrix) if LARGE < matrix.shape[1] <= matrix.shape[0] else SingularValues(matrix)
-    found = GramMatrix(matrix, rows)
-    resolution = RESOLUTION * torch.finfo(matrix.dtype).eps * found.largest
-    if damping is not None and damping < resolution and rows.fits:
-        return SingularValues(rows.dense())
-    return found
+    if damping is not None and damping < RESOLUTION * torch.finfo(K.dtype).eps * norm and rows.fits:
+        return _of_small(rows.dense(), [])[0]
+    return GramMatrix(K, rows, norm)
 
 
-def _of_tall(A: Tensor) -> Triangular | SingularValues:
+def _of_small(A: Tensor, beside: list[Tensor]) -> tuple[SingularValues | None, list[float]]:
+    """By the singular values of its triangular factor, which comes to the host with the numbers beside."""
+    Q, R = torch.linalg.qr(A if A.shape[0] >= A.shape[1] else A.T)
+    known = fetched(torch.cat([R.flatten(), *(number.to(R).reshape(1) for number in beside)]))
+    R = known[: R.numel()].view(R.shape)
+    numbers: list[float] = known[R.numel() :].tolist()
+    # A column that is not finite has a norm that is not.
+    return (SingularValues(A.shape, Q, R) if bool(R.isfinite().all()) else None), numbers
+
+
+def _of_tall(A: Tensor, beside: list[Tensor]) -> tuple[Decomposition | None, list[float]]:
     """By its triangular factor, unless that is so near to singular that damping is lost in its square."""
     Q, R = torch.linalg.qr(A)
     diagonal = R.diagonal().abs()
-    is_regular = float(diagonal.min()) > RESOLUTION * torch.finfo(A.dtype).eps ** 0.5 * float(diagonal.max())
-    return Triangular(Q, R) if is_regular else SingularValues(A)
+    own = [R.isfinite().all(), diagonal.min(), diagonal.max(), torch.linalg.matrix_norm(R)]
+    is_finite, least, most, norm, *numbers = read(*own, *beside)
+    if not is_finite:
+        return None, numbers
+    if least > RESOLUTION * torch.finfo(A.dtype).eps ** 0.5 * most:
+        return Triangular(Q, R, norm), numbers
+    return _of_small(A, [])[0], numbers

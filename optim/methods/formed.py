@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers.direct import Spectrum
+from secondorder.vectors.host import fetched, is_true, waits
 
+from .basis import uploaded
 from .problem import QuadraticModel
 from .subspace import Bound, Diagonal, Solution, least_damping
 
@@ -32,15 +34,15 @@ class Formed:
         matrix = model.curvature.dense()
         self.size = self.products = len(self._b)
         self.seconds = time.perf_counter() - start
-        if not bool(matrix.isfinite().all()):
+        if not is_true(matrix.isfinite().all()):
             self.size = 0
             return
         matrix = (matrix + matrix.T) / 2
-        values, vectors = torch.linalg.eigh(matrix)
+        waits(matrix)
+        values, vectors = torch.linalg.eigh(matrix)  # waits: once a step
         self._spectrum = Spectrum(values, vectors, matrix)
         # The small algebra is on the host, in double precision.
-        self.values = values.double().cpu()
-        self._target = (vectors.T @ self._b).double().cpu()
+        self.values, self._target = fetched(torch.stack([values, vectors.T @ self._b]).double())
 
     def solve(self, size: float) -> Solution:
         """Minimise with damping ``size``, or within that radius."""
@@ -53,7 +55,7 @@ class Formed:
         found = minimise(self.values, self._target, size, self._b.dtype)
         y = found.values
         return Solution(
-            self._spectrum.vectors @ y.to(self._b),
+            self._spectrum.vectors @ uploaded(y, self._b),
             float(self._target @ y),
             float(self.values @ y.square()),
             float(y.norm()),
@@ -76,7 +78,7 @@ class Formed:
         kept = self.values.abs() > self._spectrum.rounding
         y = torch.where(kept, self._target / torch.where(kept, self.values, 1.0), 0.0)
         linear = float(self._target @ y)
-        step = self._spectrum.vectors @ y.to(self._b)
+        step = self._spectrum.vectors @ uploaded(y, self._b)
         return Solution(step, linear, linear, float(y.norm()), "converged", 0.0)
 
     def steepest(self) -> float:

@@ -59,7 +59,7 @@ class Ritz(NamedTuple):
         outside = max(self.rest + shift, torch.finfo(torch.float32).tiny)
         factors = [outside / max(abs(v) + shift, outside * 1e-12) - 1.0 for v in self.values]
         along = self.vectors @ r
-        along *= uploaded(torch.tensor(factors, dtype=torch.float64), r)
+        along *= uploaded(torch.tensor(factors, dtype=torch.float64, device="cpu"), r)
         return torch.addmv(r, self.vectors.T, along)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from secondorder.vectors.host import read
+
 from . import control
 from .problem import Problem, QuadraticModel, Trial
 
@@ -64,5 +66,5 @@ def judge(problem: Problem, model: QuadraticModel, trial: Trial, predicted: floa
 
 
 def _by_gradients(problem: Problem, model: QuadraticModel, trial: Trial, predicted: float) -> float:
-    trapezoid = -0.5 * float((model.gradient + problem.gradient(trial)).dot(trial.step))
+    trapezoid = -0.5 * read((model.gradient + problem.gradient(trial)).dot(trial.step))[0]
     return control.reduction_ratio(trapezoid, predicted)

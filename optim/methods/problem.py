@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from secondorder import LinearOperator
+from secondorder.vectors.host import read
 
 # Of a step (n,), and its coordinates in the vectors that were multiplied, if there are some.
 Form = Callable[[Tensor, Tensor | None], float]
@@ -98,10 +99,19 @@ class Trial(NamedTuple):
 
 def norm(v: Tensor) -> float:
     """Euclidean norm of a vector whose squares may leave the range."""
-    largest = float(torch.linalg.vector_norm(v, math.inf)) if v.numel() else 0.0
-    if not 0 < largest < math.inf:
-        return largest
-    return largest * float(torch.linalg.vector_norm(v / largest))
+    return norms(v)[0][0]
+
+
+def norms(*vectors: Tensor, beside: Sequence[Tensor] = ()) -> tuple[list[float], list[float]]:
+    """The same of several, and the numbers that are ``beside``: one read for all."""
+    parts = []
+    for v in vectors:
+        largest = torch.linalg.vector_norm(v, math.inf) if v.numel() else v.sum()
+        parts += [largest, torch.linalg.vector_norm(v / largest)]
+    numbers = read(*parts, *beside)
+    pairs = zip(numbers[: len(parts) : 2], numbers[1 : len(parts) : 2], strict=True)
+    sizes = [size * part if 0 < size < math.inf else size for size, part in pairs]
+    return sizes, numbers[len(parts) :]
 
 
 class Problem(Protocol):

@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder.vectors.host import read
+
+from .basis import uploaded
 from .decomposition import RESOLUTION, Decomposition, decomposed
-from .problem import QuadraticModel, Residuals, norm
+from .problem import QuadraticModel, Residuals
 from .subspace import Solution, least_damping
 
 # A gradient that differs from that of the residuals by more than this, relative, is of something else.
@@ -35,14 +38,17 @@ class Aside(NamedTuple):
     products: Tensor
 
     @classmethod
-    def of(cls, vectors: list[Tensor], residuals: Residuals, found: Decomposition) -> Aside:
-        """Of some, or none."""
-        target = found.coordinates(residuals.target)
-        stacked = torch.stack(vectors) if vectors else residuals.target.new_zeros(0, residuals.rows.shape[1])
-        moved = [found.coordinates(residuals.rows @ v) for v in vectors]
+    def of(cls, vectors: list[Tensor], residuals: Residuals, found: Decomposition) -> tuple[Tensor, Aside]:
+        """Of some, or none; and the target in coordinates, which is read with them."""
+        if not vectors:
+            (target,) = found.coordinates(residuals.target)
+            none = target.new_zeros(0, len(target))
+            return target, cls(none, none, target.new_zeros(0, 0))
+        stacked = torch.stack(vectors)
         double = stacked.double()
-        products = (double @ double.T).to(target)
-        return cls(stacked, torch.stack(moved) if moved else target.new_zeros(0, len(target)), products)
+        moved = [residuals.rows @ v for v in vectors]
+        target, *moved, products = found.coordinates(residuals.target, *moved, beside=double @ double.T)
+        return target, cls(stacked, torch.stack(moved), products)
 
 
 class Along(NamedTuple):
@@ -83,35 +89,38 @@ class Residual:
         # The last size that was solved for.
         self._last: tuple[float, Along] | None = None
         rows, start = residuals.rows, time.perf_counter()
-        found = decomposed(rows, damping)
+        found, self._gap = decomposed(rows, damping, lambda A: _gap(model, residuals, A.T @ residuals.target))
         self.products = rows.passes
         self.seconds = time.perf_counter() - start
         self.size = 0 if found is None else min(rows.shape)
         if found is None:
             return
-        self._found, self._target = found, found.coordinates(residuals.target)
+        aside = [v for v in (residuals.rest, before) if v is not None]
+        self._found = found
+        self._target, self._aside = Aside.of(aside, residuals, found)
         self.rank, self.projected = found.rank, found.projected(self._target)
-        self._aside = Aside.of([v for v in (residuals.rest, before) if v is not None], residuals, found)
 
     def agrees(self) -> bool:
         """Whether the residuals have the gradient of the model: it may have been clipped."""
         if self.size == 0:
             return False
-        gradient = self._model.gradient + self._found.pulled(self._target)
-        if self._residuals.rest is not None:
-            gradient = gradient + self._residuals.rest
-        size = math.sqrt(self._found.largest) * float(self._residuals.target.norm())
-        rounding = torch.finfo(gradient.dtype).eps * size
-        return norm(gradient) <= AGREEMENT * self._model.norm + RESOLUTION * rounding
+        if not self._gap:
+            self._gap = read(*_gap(self._model, self._residuals, self._found.pulled(self._target)))
+        largest, part, size = self._gap
+        rounding = torch.finfo(self._model.gradient.dtype).eps * math.sqrt(self._found.largest) * size
+        gap = largest * part if 0 < largest < math.inf else largest
+        return gap <= AGREEMENT * self._model.norm + RESOLUTION * rounding
 
     def solve(self, size: float) -> Solution:
         """Minimise with damping ``size``."""
         at = self._along(size)
-        moved, length = self._moved(at), self._length(at)
-        linear = float(moved @ self._target)
+        moved = self._moved(at)
+        numbers = [moved @ self._target, moved @ moved, self._square(at)]
         if self._residuals.rest is not None:
-            linear += float(self._aside.moved[0] @ at.a) + float(self._aside.products[0] @ at.weights)
-        quadratic = float(moved @ moved) + self._residuals.shift * length**2
+            numbers += [self._aside.moved[0] @ at.a, self._aside.products[0] @ at.weights]
+        linear, square, squared_length, *others = read(*numbers)
+        linear, length = linear + sum(others), math.sqrt(max(squared_length, 0.0))
+        quadratic = square + self._residuals.shift * length**2
         return Solution(self._step(at), linear, quadratic, length, "converged", size)
 
     def moved(self, size: float) -> Tensor:
@@ -127,19 +136,20 @@ class Residual:
             largest: None where twice the answer is more than this times as long as the step.
         """
         at = self._along(solution.shift)
-        a = self._found.solved(-self._found.coordinates(bend), at.d)
-        square = float(a @ self._found.times(a))
+        (coordinates,) = self._found.coordinates(bend)
+        a = self._found.solved(-coordinates, at.d)
+        bent = at._replace(a=at.a + a / 2)
+        square, length = read(a @ self._found.times(a), self._square(bent))
         if not 2 * math.sqrt(max(square, 0.0)) <= largest * solution.norm:
             return None
-        bent = at._replace(a=at.a + a / 2)
-        return solution._replace(step=self._step(bent), norm=self._length(bent))
+        return solution._replace(step=self._step(bent), norm=math.sqrt(max(length, 0.0)))
 
     def steepest(self) -> float:
         """Curvature along the gradient."""
         # -gradient = A^T target + rest.
         whole = Along(1.0, self._weights(1.0, 0.0), self._target)
-        square = self._length(whole) ** 2
-        return float(self._moved(whole).square().sum()) / (square or 1.0) + self._residuals.shift
+        moved, squared_length = read(self._moved(whole).square().sum(), self._square(whole))
+        return moved / (math.sqrt(max(squared_length, 0.0)) ** 2 or 1.0) + self._residuals.shift
 
     def least_damping(self) -> float:
         """Below it damping changes nothing."""
@@ -161,11 +171,12 @@ class Residual:
         both = [rest] if self._residuals.rest is not None else []
         return self._target.new_tensor((both + [before])[: len(self._aside.vectors)])
 
-    def _length(self, at: Along) -> float:
+    def _square(self, at: Along) -> Tensor:
+        """Of the length."""
         square = at.a @ self._found.times(at.a)
         if len(at.weights):
             square = square + at.weights @ (2 * self._aside.moved @ at.a + self._aside.products @ at.weights)
-        return math.sqrt(max(float(square), 0.0))
+        return square
 
     def _moved(self, at: Along) -> Tensor:
         """``A step`` in coordinates."""
@@ -175,4 +186,17 @@ class Residual:
     def _step(self, at: Along) -> Tensor:
         step = self._found.pulled(at.a)
         vectors = self._aside.vectors
-        return torch.addmv(step, vectors.T, at.weights.to(step)) if len(vectors) else step
+        return torch.addmv(step, vectors.T, uploaded(at.weights, step)) if len(vectors) else step
+
+
+def _gap(model: QuadraticModel, residuals: Residuals, pulled: Tensor) -> list[Tensor]:
+    """How far the model is from having the gradient of the residuals, ``pulled`` and the rest, in numbers.
+
+    The largest entry of the difference, its norm in units of that, and the norm of the target.
+    """
+    gap = model.gradient + pulled
+    if residuals.rest is not None:
+        gap = gap + residuals.rest
+    largest = torch.linalg.vector_norm(gap, math.inf) if gap.numel() else gap.sum()
+    # The squares may leave the range.
+    return [largest, torch.linalg.vector_norm(gap / largest), residuals.target.norm()]

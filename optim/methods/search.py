@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from secondorder.vectors.host import read
+
 from .problem import Problem, QuadraticModel, Trial
 from .subspace import Solution
 
@@ -34,28 +36,30 @@ def search(
         if math.isfinite(best.value) and not candidate.value < best.value - problem.noise(full):
             break
         best = candidate
-    if decreases_enough(model, best) or (best is full and is_accepted):
+    if best is full and is_accepted:
         return best
-    return backtrack(problem, model, best.step)
+    (slope,) = read(model.gradient.dot(best.step))
+    if decreases_enough(model, best, slope):
+        return best
+    return backtrack(problem, model, best.step, slope)
 
 
-def decreases_enough(model: QuadraticModel, trial: Trial) -> bool:
-    """Armijo's condition (1966)."""
-    slope = float(model.gradient.dot(trial.step))
+def decreases_enough(model: QuadraticModel, trial: Trial, slope: float) -> bool:
+    """Armijo's condition (1966); ``slope`` along the step, ``gradient . step``."""
     bound = model.value + SUFFICIENT_DECREASE * min(slope, 0.0)
     return trial.value <= bound and trial.value < model.value
 
 
-def backtrack(problem: Problem, model: QuadraticModel, step: Tensor) -> Trial | None:
-    """Shorten a descent step until the objective decreases enough, or no decrease would show."""
-    slope, last = float(model.gradient.dot(step)), model.value
+def backtrack(problem: Problem, model: QuadraticModel, step: Tensor, slope: float) -> Trial | None:
+    """Shorten a descent step of this slope until the objective decreases enough, or none would show."""
+    last = model.value
     for _ in range(MAX_BACKTRACKS):
         step, slope = BACKTRACKING * step, BACKTRACKING * slope
         trial = Trial(step, math.nan)
         if not slope < -problem.noise(trial):
             break
         trial = problem.evaluate(step)
-        if decreases_enough(model, trial):
+        if decreases_enough(model, trial, slope):
             return trial
         if trial.value in (last, model.value):
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from secondorder import LinearOperator, SolveResult, cg, gltr, steihaug
 from secondorder.solvers import NystromPreconditioner, RelativeProgress, nystrom
 from secondorder.vectors.flat import is_finite
+from secondorder.vectors.host import read
 
 from .problem import QuadraticModel
 from .subspace import Solution
@@ -27,19 +29,23 @@ class Truncated:
 
     Args:
         model: Its gradient is not zero.
-        solver: Gives a result whose ``quadratic`` is that of the undamped curvature, and earlier iterates.
+        solver: Gives a result, and earlier iterates.
         damps: Whether sizes are dampings.
+        is_undamped: Whether the quadratics of the results are without them.
 
     Attributes:
         last: The last solution; None before it.
+        is_finite: Whether its length is.
     """
 
     last: Tensor | None = None
+    is_finite = True
 
     is_free = False
 
-    def __init__(self, model: QuadraticModel, solver: Solver, damps: bool) -> None:
+    def __init__(self, model: QuadraticModel, solver: Solver, damps: bool, is_undamped: bool = False) -> None:
         self._model, self._solver, self._damps = model, solver, damps
+        self._has_damping = damps and not is_undamped
         self.size = self.products = 0
         self.seconds = 0.0
 
@@ -53,14 +59,18 @@ class Truncated:
         self.size += result.iterations
         self.last = x = result.x
         shift = size if self._damps else 0.0
-        return Solution(x, float(b.dot(x)), result.quadratic, float(x.norm()), result.status, shift, earlier)
+        linear, length, square = read(b.dot(x), x.norm(), x.dot(x))
+        self.is_finite = math.isfinite(length)
+        # That of the curvature, not of what was solved with.
+        quadratic = result.quadratic - shift * square if self._has_damping else result.quadratic
+        return Solution(x, linear, quadratic, length, result.status, shift, earlier)
 
     def steepest(self) -> float:
         """Curvature along the gradient: a product."""
         self.products += 1
         g = self._model.gradient
         g = g / g.abs().max()
-        return float(g.dot(self._model.curvature @ g) / g.dot(g))
+        return read(g.dot(self._model.curvature @ g) / g.dot(g))[0]
 
     def least_damping(self) -> float:
         """Not known."""
@@ -101,7 +111,7 @@ def conjugate_gradients(rtol: float, max_iter: int) -> Solver:
     """CG to a relative residual."""
 
     def solve(B: LinearOperator, b: Tensor, damping: float) -> tuple[SolveResult, tuple[Tensor, ...]]:
-        return undamped(cg(B + damping, b, rtol=rtol, max_iter=max_iter), damping), ()
+        return cg(B + damping, b, rtol=rtol, max_iter=max_iter), ()
 
     return solve
 
@@ -121,9 +131,9 @@ def truncated_gradients(
         M, products = (None, 0) if sketch is None else sketch.precondition(B, b, damping)
         result = cg(B + damping, b, x0=first, M=M, rtol=RTOL, max_iter=max_iter, callback=stop)
         result = result._replace(products=result.products + products)
-        first = result.x if bool(result.x.isfinite().all()) else torch.zeros_like(b)
+        first = result.x if math.isfinite(result.residual_norm) else torch.zeros_like(b)
         earlier = tuple(x for x in stop.kept if x is not result.x)
-        return undamped(result, damping), earlier
+        return result, earlier
 
     return solve
 
@@ -144,8 +154,3 @@ def on_boundary(rtol: float, max_iter: int) -> Solver:
         return gltr(B, b, radius, rtol=rtol, max_iter=max_iter), ()
 
     return solve
-
-
-def undamped(result: SolveResult, damping: float) -> SolveResult:
-    """With the quadratic of ``B`` in place of that of ``B + damping``."""
-    return result._replace(quadratic=result.quadratic - damping * float(result.x.dot(result.x)))

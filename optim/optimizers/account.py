@@ -6,6 +6,8 @@ import math
 import time
 from typing import NamedTuple
 
+from secondorder.vectors import host
+
 from ..methods.forms import PASS_COST
 from ..methods.residual import Residual
 from .problem import ClosureProblem
@@ -17,14 +19,19 @@ FORWARD_COST, RECORD_COST = 1 / 3, 1.0
 
 
 class Clock:
-    """Seconds of a step."""
+    """Seconds of a step, and how often it waited for the device."""
 
     def __init__(self) -> None:
+        self._reads = host.reads()
         self._start = self._recorded = time.perf_counter()
 
     def recorded(self) -> None:
         """The closure ran, and its curvature is set up."""
         self._recorded = time.perf_counter()
+
+    def reads(self) -> int:
+        """Since it was made."""
+        return host.reads() - self._reads
 
     def parts(self, products: float, trials: float) -> Seconds:
         """With what the rest says of itself."""
@@ -72,5 +79,6 @@ def reported(
         + products * cost.product * (PASS_COST if isinstance(space, Residual) else 1.0)
         + FORWARD_COST * (cost.evaluations + spent.evaluations)
         + spent.gradients,
+        host_reads=clock.reads(),
         seconds=clock.parts(0.0 if space is None else space.seconds, spent.seconds),
     )

@@ -33,14 +33,14 @@ class WeightDecay(NamedTuple):
     def __bool__(self) -> bool:
         return any(self.rates)
 
-    def value(self) -> float:
-        """At the parameters as they are, in double precision: one host read."""
+    def value(self) -> Tensor | None:
+        """At the parameters as they are, in double precision, to be read with others; None for none."""
         terms = [
             0.5 * rate * p.detach().double().square().sum()
             for p, rate in zip(self.parameters, self.rates, strict=True)
             if rate
         ]
-        return float(torch.stack(terms).sum()) if terms else 0.0
+        return torch.stack(terms).sum() if terms else None
 
     def gradient(self, like: Tensor) -> Tensor:
         """At the parameters as they are, flat, shape (n,), in the dtype of ``like``."""

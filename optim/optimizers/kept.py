@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers import NystromPreconditioner
-from secondorder.vectors.flat import flatten, flatten_rows, is_finite, unflatten, unflatten_rows
+from secondorder.vectors.flat import flatten, flatten_rows, unflatten, unflatten_rows
+from secondorder.vectors.host import listed
 
 from ..methods.grown import Grown, Ritz
 from ..methods.scale import more_scale
@@ -72,7 +73,8 @@ class Kept:
     def keep_space(self, space: Subspace | None, with_solution: bool) -> None:
         """Keep the space, or the solution of CG, for the next step."""
         if isinstance(space, Truncated) and with_solution and space.last is not None:
-            self._keep(SOLUTION, unflatten(_finite(space.last), self._parameters))
+            last = space.last if space.is_finite else torch.zeros_like(space.last)
+            self._keep(SOLUTION, unflatten(last, self._parameters))
         elif isinstance(space, Grown):
             ritz = space.ritz()
             self._keep(VECTORS, unflatten_rows(ritz.vectors, self._parameters))
@@ -81,7 +83,7 @@ class Kept:
     def keep_sketch(self, sketch: Sketch | None) -> None:
         """Keep what preconditioned CG in this step."""
         if sketch is not None and sketch.last is not None:
-            vectors, values = sketch.last.vectors.T, sketch.last.values.tolist()
+            vectors, values = sketch.last.vectors.T, listed(sketch.last.values)
             self._keep(SKETCH, unflatten_rows(vectors, self._parameters))
             self.learn(**{SKETCH_VALUES: (*values, sketch.age + 1, vectors.shape[1])})
 
@@ -148,7 +150,3 @@ def _single_of(tensor: Tensor) -> torch.dtype:
 
 def _single(tensor: Tensor) -> Tensor:
     return tensor.to(_single_of(tensor))
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x if is_finite(x) else torch.zeros_like(x)

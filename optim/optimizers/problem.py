@@ -15,7 +15,7 @@ from ..closure.evaluate import ClosureEvaluator, Evaluation
 from ..closure.rounding import rounding
 from ..closure.setting import moved, trial
 from ..methods import control
-from ..methods.problem import Form, QuadraticModel, Trial, norm
+from ..methods.problem import Form, QuadraticModel, Trial, norm, norms
 from .decay import WeightDecay
 from .groups import Groups
 from .meter import Meter
@@ -57,7 +57,7 @@ class ClosureProblem:
         whole = curvature if curvature.dtype == gradient.dtype else curvature.to(gradient.dtype)
         if self._decay:
             whole = whole + self._decay.diagonal(gradient)
-            gradient, value = gradient + self._decay.gradient(gradient), value + self._decay.value()
+            gradient = gradient + self._decay.gradient(gradient)
         self.spent = Meter()
         memory = groups[0]["memory"]
         self.residuals = ClosureResiduals(evaluator, evaluation, curvature, self._decay, self.spent, memory)
@@ -65,10 +65,13 @@ class ClosureProblem:
         if scale is not None:
             scaling = scaling.divided(scale(self.residuals.columns()))
         self.scaling = self.residuals.scaling = scaling
-        is_changed = bool(self._decay) or not self.scaling.is_plain
         plain, gradient = gradient, self.scaling.times(gradient)
-        size = norm(gradient) if is_changed else evaluation.norm
-        self._slope = size if self.scaling.is_plain else norm(plain)
+        size = self._slope = evaluation.norm
+        decayed = self._decay.value()
+        if decayed is not None or not self.scaling.is_plain:
+            both = [gradient] if self.scaling.is_plain else [gradient, plain]
+            sizes, (more,) = norms(*both, beside=[decayed if decayed is not None else gradient.new_zeros(())])
+            value, size, self._slope = value + more, sizes[0], sizes[-1]
         curvature = self.scaling.conjugated(whole)
         judged = None if form is None else _with_decay(form, self._decay, self.scaling)
         self._model = QuadraticModel(value, gradient, curvature, size, judged)
@@ -81,7 +84,7 @@ class ClosureProblem:
     def evaluate(self, step: Tensor) -> Trial:
         """The objective after the step."""
         with self.spent.evaluation(), trial(self._decay.parameters, self.scaling.times(step)):
-            value = self._evaluator.value() + self._decay.value()
+            value = self._evaluator.value(beside=self._decay.value())
         return Trial(step, value if math.isfinite(value) else math.nan)
 
     def decrease(self, trial: Trial) -> float:

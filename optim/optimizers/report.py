@@ -68,6 +68,8 @@ class StepReport(NamedTuple):
         form: "grown", "residual", "formed" or "cg", and why.
         noisy: Whether samples change from step to step: mini-batches, dropout.
         gradient_equivalents: Cost of the step, in gradients.
+        host_reads: How often the step has waited for numbers of the device, beside what the closure reads
+            itself; 0 on the CPU.
         seconds: By part; on a device those of the host, which waits at reads.
     """
 
@@ -88,17 +90,19 @@ class StepReport(NamedTuple):
     form: str
     noisy: bool
     gradient_equivalents: float
+    host_reads: int
     seconds: Seconds
 
     def __repr__(self) -> str:
         size = next((name for name, unused in UNUSED.items() if getattr(self, name) != unused), "damping")
         noisy = ", noisy=True" if self.noisy else ""
+        reads = f"host_reads={self.host_reads}, " if self.host_reads else ""
         return (
             f"StepReport(loss={self.loss:.6g} -> {self.new_loss:.6g}, accepted={self.accepted}, "
             f"rho={self.rho:.3g}, {size}={getattr(self, size):.3g}, gradient_norm={self.gradient_norm:.3g}, "
             f"step_norm={self.step_norm:.3g}, status={self.status!r}, iterations={self.iterations}, "
             f"trials={self.trials}, products={self.products}, curvature={self.curvature!r}, "
-            f"form={self.form!r}{noisy}, gradient_equivalents={self.gradient_equivalents:.1f}, "
+            f"form={self.form!r}{noisy}, gradient_equivalents={self.gradient_equivalents:.1f}, {reads}"
             f"seconds={sum(self.seconds):.3g})"
         )
 

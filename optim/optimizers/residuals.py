@@ -139,7 +139,7 @@ class ClosureResiduals:
             return None
         log = LossLog(in_graph=False)
         with self._meter.evaluation(), trial(self._decay.parameters, self.scaling.times(step)):
-            self._evaluator.value(log)
+            self._evaluator.run(log)
             # Of parameters themselves only meanwhile.
             outputs = log.outputs(calls)
         if outputs is None:

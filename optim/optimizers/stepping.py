@@ -12,6 +12,7 @@ from torch import Tensor
 from secondorder.operators.parameters import Jacobian
 from secondorder.operators.pieces import TooLargeError
 from secondorder.vectors.flat import is_finite
+from secondorder.vectors.host import read
 
 from ..closure.evaluate import Evaluation
 from ..methods import control, search
@@ -339,8 +340,9 @@ def _untried(space: Subspace, size: float, lr: float | Tensor) -> Outcome:
 def _with_rates(problem: ClosureProblem, model: QuadraticModel, full: Trial, lr: Tensor) -> Trial | None:
     """The step entry by entry times its rate, which is no longer the model's; else a shorter whole one."""
     trial = problem.evaluate(lr * full.step)
-    if search.decreases_enough(model, trial):
+    # Of those that move.
+    slowest = torch.where(lr > 0, lr.where(lr > 0, math.inf).min(), 0.0) * full.step
+    slopes = read(model.gradient.dot(trial.step), model.gradient.dot(slowest))
+    if search.decreases_enough(model, trial, slopes[0]):
         return trial
-    # Not those that do not move.
-    smallest = float(lr[lr > 0].min())
-    return search.backtrack(problem, model, torch.where(lr > 0, smallest, 0.0) * full.step)
+    return search.backtrack(problem, model, slowest, slopes[1])

@@ -18,7 +18,7 @@ from secondorder.autodiff.lighter import light_grad
 from secondorder.vectors.arguments import MaybeTensors, Tensors, grad, refuse_inference_mode
 
 # Here the graph is all there is: the function behind it can not be run again.
-_REMEDY = (
+REMEDY = (
     "the graph is given; compute it inside `with secondorder.decompose.decompose():`, or use Hessian.of,"
     " GaussNewton.of or Objective, which call the function themselves"
 )
@@ -57,7 +57,7 @@ class Pass:
         try:
             grads = grad_of_fitting(self._roots, self._ends, parts)
         except RuntimeError:
-            with explained(_REMEDY):
+            with explained(REMEDY):
                 raise
         return _filled(grads, self.inputs)
 
@@ -144,7 +144,7 @@ def _run(
             is_grads_batched=is_batched,
         )
     except RuntimeError:
-        with explained(_REMEDY):
+        with explained(REMEDY):
             raise
 
 

@@ -45,11 +45,19 @@ def _noted(rung: Rung) -> Iterator[None]:
         _current.reset(token)
 
 
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Context in which what was compiled runs as it was written."""
+    return switches.held(switches.NO_COMPILED_CODE)
+
+
 @contextlib.contextmanager
 def math_kernels() -> Iterator[None]:
-    """Context in which operations with several kernels use those that can be differentiated twice."""
+    """Context in which operations with several kernels use those that can be differentiated twice.
+
+    What was compiled is run by these operations too.
+    """
     turned = (*switches.MATH_ATTENTION, switches.NO_CUDNN, switches.NO_FAST_PATH)
-    with _noted(math_kernels), switches.held(*turned):
+    with _noted(math_kernels), switches.held(*turned, switches.NO_COMPILED_CODE):
         yield
 
 
@@ -60,7 +68,8 @@ class decompose(TorchFunctionMode):  # noqa: N801 - used as a function, like tor
     ``TransformerEncoderLayer``), weight_norm (both APIs), batch, layer, group and instance norm,
     embedding_bag, mse_loss, huber_loss, soft_margin_loss, cdist, pdist, hardsigmoid, multi_margin_loss,
     cholesky_inverse, logcumsumexp, det of singular matrices, and sparse_coo_tensor of values that are
-    differentiated (by a strided tensor). cuDNN is off. Values agree with torch's to rounding.
+    differentiated (by a strided tensor). cuDNN is off, and compiled code eager. Values agree with torch's to
+    rounding.
 
     Cost: some more kernels and intermediate tensors for the operations above; a microsecond for others.
 

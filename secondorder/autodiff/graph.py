@@ -143,12 +143,22 @@ def has_any(tensors: Iterable[Source | None], names: set[str]) -> bool:
     return any(node.name() in names for node in nodes(tensors))
 
 
+_COMPILED = "CompiledFunctionBackward"
+
+
+def has_compiled(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a graph holds code of ``torch.compile``, which has no second derivative."""
+    return has_any(tensors, {_COMPILED})
+
+
 # Nodes that raise when a second backward pass reaches them (torch 2.13; pdist and cdist do not since 2.14).
 _WITHOUT_DERIVATIVE = {
     "torch::autograd::NotImplemented",
     "PdistBackwardBackward0",
     "CdistBackwardBackward0",
     "EmbeddingBagBackwardBackward0",
+    # Of code that was compiled.
+    f"{_COMPILED}Backward",
 }
 
 

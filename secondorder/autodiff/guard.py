@@ -298,13 +298,11 @@ class RandomState:
     """The random state of the CPU and of some devices, to be replayed.
 
     Args:
-        devices: Devices other than the CPU; by default every CUDA device, where one is in use.
+        devices: Devices other than the CPU; by default every accelerator that is in use.
     """
 
     def __init__(self, devices: Iterable[torch.device] | None = None) -> None:
-        if devices is None:
-            in_use = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-            devices = [torch.device("cuda", index) for index in range(in_use)]
+        devices = _in_use() if devices is None else devices
         others = {device for device in devices if device.type not in ("cpu", "meta")}
         self._devices = sorted(others, key=str)
         self._saved: list[Tensor] = []
@@ -350,10 +348,28 @@ class RandomState:
     def _read(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
         for device in self._devices:
-            states.append(torch.get_device_module(device).get_rng_state(device))
+            module = torch.get_device_module(device)
+            states.append(module.get_rng_state(*_named(module.get_rng_state, device)))
         return states
 
     def _write(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices, states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
+            module = torch.get_device_module(device)
+            module.set_rng_state(state, *_named(module.set_rng_state, device))
+
+
+def _named(function: Callable[..., Any], device: torch.device) -> tuple[torch.device, ...]:
+    """The device, for a function that takes one: where there is only one, as of Apple's, it does not."""
+    return (device,) if "device" in inspect.signature(function).parameters else ()
+
+
+def _in_use() -> list[torch.device]:
+    """The accelerators that were started: to ask one that was not would start it."""
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator()
+    module = torch.get_device_module(kind)
+    if kind is None or not getattr(module, "is_initialized", lambda: True)():
+        return []
+    return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]

@@ -19,11 +19,15 @@ T = TypeVar("T")
 _MISSING = (
     (re.compile(r"derivative for '?(?:aten::)?(\w+).* is not implemented"), "second"),
     (re.compile(r"Trying to use forward AD with (?:aten::)?(\w+) that does not support it"), "forward"),
+    (re.compile(r"(torch\.compile) with aot_autograd does not currently support double backward"), "second"),
+    (re.compile(r"backward function was (compiled) with non-empty donated buffers"), "second"),
     # Batched forward mode through mse_loss and its like (torch 2.13).
     (re.compile(r"(ZeroTensors) are immutable"), "forward"),
 )
-# Operations that have a derivative by other kernels.
-_KERNELS = re.compile(r"_scaled_dot_product|_cudnn_rnn|_transformer_encoder|_native_multi_head")
+# Operations that have a derivative by other kernels, or in eager mode.
+_KERNELS = re.compile(
+    r"torch\.compile|_scaled_dot_product|_cudnn_rnn|_transformer_encoder|_native_multi_head"
+)
 
 _REMEDIES = {
     "second": "there is no decomposition of it here; replace it by differentiable operations, or call hvp"
@@ -136,5 +140,6 @@ def _missing(error: RuntimeError) -> tuple[str | None, str]:
     for pattern, kind in _MISSING:
         found = pattern.search(str(error))
         if found is not None:
-            return found.group(1), kind
+            name = found.group(1)
+            return "torch.compile" if name == "compiled" else name, kind
     return None, "second"

@@ -68,7 +68,9 @@ def light_grad(
 
 
 def _nodes(outputs: Iterable[Any]) -> list[Node]:
-    return graph.nodes(graph.Place(x, torch.empty(0)) if isinstance(x, GradientEdge) else x for x in outputs)
+    return graph.nodes(
+        graph.Place(x, torch.empty(0, device="cpu")) if isinstance(x, GradientEdge) else x for x in outputs
+    )
 
 
 class _Weight(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secondorder.data.batches import Batch, Batches, call, check_deterministic
 from secondorder.data.passes import Build, Loss, Passes
-from secondorder.operators.curvature import GaussNewton, Hessian
+from secondorder.operators.curvature import Block, GaussNewton, Hessian
 from secondorder.operators.fisher import EmpiricalFisher, Fisher
 from secondorder.operators.linear import LinearOperator
 from secondorder.operators.parameters import ParameterOperator, check_parameters
@@ -122,12 +122,18 @@ class Objective:
 
     def gauss_newton(self, *, keep_graph: bool | None = None) -> LinearOperator:
         """The generalised Gauss-Newton matrix, shape (n, n); ``keep_graph`` as in ``hessian``."""
-        return OverBatches(
-            self,
-            "gauss_newton",
-            lambda batch, _: GaussNewton(*self.passes.loss(batch), self.parameters),
-            keep_graph,
-        )
+        built: list[bool] = []
+
+        def build(batch: Batch, _: int) -> GaussNewton:
+            loss, outputs = self.passes.loss(batch)
+            if built:
+                # Whether the loss has curvature was looked at, which waits for the device.
+                block = Block(loss, (outputs,), torch.ones_like(loss))
+                return GaussNewton.of_blocks([block], self.parameters)
+            built.append(True)
+            return GaussNewton(loss, outputs, self.parameters)
+
+        return OverBatches(self, "gauss_newton", build, keep_graph)
 
     def fisher(
         self,

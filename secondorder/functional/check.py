@@ -114,7 +114,7 @@ def _scalar(function: Function, generator: torch.Generator) -> Function:
             weights.extend(_draw(t, generator) / _scale(t) for t in outputs)
         # Nonlinear, so that the second derivative of a linear operation shows too.
         terms = [(t * w).sin().sum() for t, w in zip(outputs, weights, strict=True)]
-        return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
+        return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64, device="cpu")
 
     return scalar
 
@@ -147,7 +147,8 @@ def _scale(t: Tensor) -> float:
 
 
 def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    numbers = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=generator.device)
+    return numbers.to(like.device)
 
 
 class _Call(NamedTuple):

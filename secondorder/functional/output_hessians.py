@@ -82,12 +82,13 @@ def _cross_entropy(
     dim = class_dim(outputs)
     if target.is_floating_point():
         # Probabilities, which need not sum to one; smoothing keeps their sum.
-        mass, count = target.sum(dim), outputs.numel() / outputs.shape[dim]
+        count: Tensor | float = outputs.numel() / outputs.shape[dim]
+        mass = target.sum(dim)
         if arguments["label_smoothing"]:
             return None
     else:
         mass = (target != arguments["ignore_index"]).to(outputs.dtype)
-        count = float(mass.sum())
+        count = mass.sum()
     mass = mass / count if is_mean else mass
     return of_likelihood("categorical", outputs, mass.unsqueeze(dim))
 

@@ -96,10 +96,11 @@ class _Update:
         solved = base.inverse.solve(self._rows.T)
         self.status, self.residual_norm, self._columns = solved.status, solved.residual_norm, solved.x
         inner = self._rows @ solved.x * signs
+        # waits: once an edit
         values = (
             torch.linalg.eigvalsh((inner + inner.T) / 2)
             if bool((signs < 0).all())
-            else torch.linalg.eigvals(inner).real
+            else torch.linalg.eigvals(inner).real  # waits: once an edit
         )
         self.leverage = max(0.0, -float(values.min())) if len(values) else 0.0
         if not 1 - self.leverage > SINGULAR:
@@ -110,7 +111,8 @@ class _Update:
     def solve(self, g: Tensor) -> Tensor:
         """``(B + damping I + J^T W J)^-1 g``, shape (n,)."""
         x = self._base.inverse.solve(g.unsqueeze(1)).x[:, 0]
-        middle = torch.linalg.solve(self._inner, self._rows @ x)
+        # What is singular was refused above.
+        middle = torch.linalg.solve_ex(self._inner, self._rows @ x).result
         return x - self._columns @ (self._signs * middle)
 
 
@@ -188,7 +190,7 @@ def _rows_and_roots(base: Base, term: Term) -> tuple[Tensor, Tensor]:
         loss = objective.loss(pytree.tree_unflatten(free, spec), batch[1])
         curvature = _blocks(loss, [leaf for leaf in free if leaf.requires_grad])
     scale = term.weight * objective.passes.weight(n)
-    values, vectors = torch.linalg.eigh((curvature + curvature.mT) / 2 * scale)
+    values, vectors = torch.linalg.eigh((curvature + curvature.mT) / 2 * scale)  # waits: once a sample
     bound = torch.finfo(values.dtype).eps * values.shape[-1] * values.abs().amax()
     kept = values.abs() > bound
     J = _by_samples(rows(jacobian).matrix, live)

@@ -109,7 +109,7 @@ class Influence:
         names = base.indices(indices)
         edits = removals(base, [[i] for i in names])
         scores, found, solved = changes(base, edits, tests, order, steps=steps, progress=progress)
-        result = result_of(base, scores, torch.tensor(names), order, found, solved)
+        result = result_of(base, scores, torch.tensor(names, device="cpu"), order, found, solved)
         if top_k is None:
             return result
         places = scores.abs().nan_to_num(-1).topk(min(top_k, len(names)), dim=1).indices
@@ -129,7 +129,7 @@ class Influence:
         At order 1 they are sums over the samples.
         """
         edits = removals(self._base, self._base.groups(groups))
-        return edited(self._base, edits, torch.arange(len(edits)), test, order, measure, steps)
+        return edited(self._base, edits, torch.arange(len(edits), device="cpu"), test, order, measure, steps)
 
     def relabel(
         self,
@@ -151,7 +151,7 @@ class Influence:
         """
         (place,) = self._base.indices(index, "index")
         edit = relabelling(self._base, place, new_target)
-        return edited(self._base, [edit], torch.tensor([place]), test, order, measure, 0)
+        return edited(self._base, [edit], torch.tensor([place], device="cpu"), test, order, measure, 0)
 
     def reweight(
         self, index: int, weight: float, test: Any, *, order: Order = "newton", measure: Measure | None = None
@@ -162,7 +162,7 @@ class Influence:
             raise ValueError(f"weight must be non-negative, got {weight}.")
         batch = self._base.samples.pick([place])[place]
         edit = (Term(batch, (weight - 1) * self._base.share),)
-        return edited(self._base, [edit], torch.tensor([place]), test, order, measure, 0)
+        return edited(self._base, [edit], torch.tensor([place], device="cpu"), test, order, measure, 0)
 
     def parameters_without(
         self, indices: Iterable[int] | int, *, order: Order = "newton", steps: int = 0

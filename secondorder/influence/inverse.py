@@ -92,7 +92,7 @@ class Inverse:
             self._shift, self._residuals = shift, residuals
             gram = residuals @ residuals.T
             gram.diagonal().add_(shift)
-            self._factor = torch.linalg.cholesky(gram)
+            self._factor = torch.linalg.cholesky(gram)  # waits: once
         elif damping is None and not (curvature in ("ggn", "fisher") and objective.l2 > 0):
             self.damping = _lanczos_shift(self.operator)
 
@@ -106,7 +106,7 @@ class Inverse:
                 " parameters."
             )
         if damping is None:
-            values = torch.linalg.eigvalsh(matrix)
+            values = torch.linalg.eigvalsh(matrix)  # waits: once
             self.damping = _least_shift(values, self.operator.dtype)
         matrix.diagonal().add_(self.damping)
         factor, info = torch.linalg.cholesky_ex(matrix)

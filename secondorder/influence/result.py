@@ -65,7 +65,7 @@ class InfluenceResult(NamedTuple):
     status: str
     residual_norm: float
     order: str = "1"
-    train: Tensor = torch.zeros(0, dtype=torch.long)
+    train: Tensor = torch.zeros(0, dtype=torch.long, device="cpu")
     gradient_norm: float = 0.0
     is_stationary: bool = True
     damping: float = 0.0

@@ -196,17 +196,17 @@ class Samples:
         n, rows = count_samples(batch), []
         if measure is not None:
             with torch.enable_grad():
-                return self._rows(self.measured(batch, measure))
+                return self.ladder.climb(lambda: self._rows(self.measured(batch, measure)))
         for start in range(0, n, TOGETHER):
             some = take(batch, range(start, min(n, start + TOGETHER)))
             with torch.enable_grad():
-                rows.append(self._rows(self.losses(some)))
+                rows.append(self.ladder.climb(lambda: self._rows(self.losses(some))))  # noqa: B023
         return torch.cat(rows)
 
     def gradient(self, batch: Batch) -> Tensor:
         """Of the sum of the samples' losses, flat."""
         with torch.enable_grad():
-            return self._rows(self.loss(batch).reshape(1))[0]
+            return self.ladder.climb(lambda: self._rows(self.loss(batch).reshape(1)))[0]
 
     def measured(self, batch: Batch, measure: Measure | None) -> Tensor:
         """What a measure gives for a batch, shape (k,): one value a sample, or one in all."""

@@ -53,7 +53,7 @@ def to_verify(scores: Tensor, k: int, seed: int) -> list[int]:
     n = scores.shape[1]
     largest = scores.abs().amax(0).topk(min(n, (k + 1) // 2)).indices.tolist()
     generator = torch.Generator("cpu").manual_seed(seed)
-    rest = [i for i in torch.randperm(n, generator=generator).tolist() if i not in set(largest)]
+    rest = [i for i in torch.randperm(n, generator=generator, device="cpu").tolist() if i not in set(largest)]
     return [*largest, *rest[: max(0, k - len(largest))]]
 
 
@@ -63,7 +63,7 @@ def verified(base: Base, tests: Tests, predicted: Tensor, train: Sequence[int]) 
     p, a = predicted.flatten().double(), actual.flatten().double()
     tiny = torch.finfo(a.dtype).tiny
     return Verification(
-        torch.tensor(list(train)),
+        torch.tensor(list(train), device="cpu"),
         predicted,
         actual,
         float(pearson(p, a)),

@@ -24,7 +24,7 @@ def to_scipy(A: Any) -> scipy.sparse.linalg.LinearOperator:
 
 def _on_arrays(A: Any, function: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
     def product(array: np.ndarray) -> np.ndarray:
-        v = torch.as_tensor(np.ascontiguousarray(array)).to(device=A.device, dtype=A.dtype)
+        v = torch.as_tensor(np.ascontiguousarray(array), device="cpu").to(device=A.device, dtype=A.dtype)
         result: np.ndarray = function(v).detach().cpu().numpy()
         return result
 

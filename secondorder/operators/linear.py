@@ -178,7 +178,7 @@ class LinearOperator(Products):
         if not isinstance(factor, float | int) and not (isinstance(factor, Tensor) and factor.ndim == 0):
             return NotImplemented
         backward = None if self.is_symmetric else lambda u: factor * (self.T @ u)
-        text = f"{float(factor):.6g} * {_bracketed(self)}"
+        text = f"{_number(factor)} * {_bracketed(self)}"
         return _Derived(text, self.shape, self, lambda v: factor * (self @ v), backward)
 
     __rmul__ = __mul__
@@ -237,7 +237,7 @@ def _shifted(A: LinearOperator, shift: Tensor | float) -> LinearOperator:
         return shift * v
 
     backward = None if A.is_symmetric else lambda u: A.T @ u + times(u)
-    what = "diagonal" if isinstance(shift, Tensor) and shift.ndim else f"{float(shift):.6g}"
+    what = "diagonal" if isinstance(shift, Tensor) and shift.ndim else _number(shift)
     return _Derived(f"{_label(A)} + {what}", A.shape, A, lambda v: A @ v + times(v), backward)
 
 
@@ -266,6 +266,12 @@ def _composed(A: LinearOperator, B: LinearOperator) -> LinearOperator:
     product = _Derived(text, shape, A, lambda v: A @ (B @ v), backward)
     product._known_factors = factors
     return product
+
+
+def _number(value: Tensor | float) -> str:
+    """For a label; one on a device is not read for it."""
+    is_elsewhere = isinstance(value, Tensor) and value.device.type != "cpu"
+    return "number" if is_elsewhere else f"{float(value):.6g}"
 
 
 def _label(A: LinearOperator) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secondorder.autodiff.backward import pull, pull_rows
 from secondorder.autodiff.graph import Source, like
+from secondorder.vectors.host import is_true, read
 
 # Rows of a block, and entries of all blocks, up to which they are formed: a factorization of a few 1e9
 # operations at most.
@@ -67,7 +68,7 @@ class OutputHessian:
 
     def is_zero(self) -> bool:
         """Whether the loss is linear; NaN is not zero."""
-        return not bool(self._probe[1].any())
+        return not is_true(self._probe[1].any())
 
     def blocks(self) -> Blocks | None:
         """Its blocks, the smallest of which it consists; None where they are too large.
@@ -76,12 +77,12 @@ class OutputHessian:
         Rounding hides what is less than 1e-5 of the whole in single precision.
         """
         probe, product = self._probe
-        bound = PROBE * self._eps * float(product.norm())
         for dims in _dims(self._like.shape):
             blocks = self._formed(dims)
             error = (blocks.matrices @ blocks.rows(probe).unsqueeze(2)).squeeze(2) - blocks.rows(product)
+            size, left = read(product.norm(), error.norm())
             # Not so with NaN.
-            if float(error.norm()) <= bound:
+            if left <= PROBE * self._eps * size:
                 return blocks
         return None
 

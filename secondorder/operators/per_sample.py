@@ -24,6 +24,7 @@ from secondorder.operators.parameters import Jacobian
 from secondorder.operators.pieces import WIDTH, Piece, pulled_back, scatter
 from secondorder.operators.uses import Use, signed, uses_of
 from secondorder.solvers._probes import gaussian
+from secondorder.vectors.host import read
 
 # What a layer's factors need, in times of their size: they are sorted by samples, multiplied, and the pass
 # itself holds some.
@@ -231,9 +232,7 @@ def _proved(
                 verdicts.append(_agree(pieces, parameters[i], v, pair, eps))
     proved: dict[tuple[int, int], list[Piece]] = {}
     # One host read.
-    for (i, number, pieces), is_right in zip(
-        tried, torch.stack(verdicts).tolist() if verdicts else (), strict=True
-    ):
+    for (i, number, pieces), is_right in zip(tried, read(*verdicts) if verdicts else (), strict=True):
         if is_right:
             proved.setdefault((i, number), pieces)
     found: dict[int, list[Piece] | None] = {}

@@ -15,6 +15,7 @@ from secondorder.operators.linear import LinearOperator
 from secondorder.operators.output_blocks import Blocks, OutputHessian
 from secondorder.operators.rows import rows
 from secondorder.vectors.flat import Layout
+from secondorder.vectors.host import read, waits
 
 # Of the largest eigenvalue, in units of rounding: what is below is zero, what is below minus the other
 # negative.
@@ -31,29 +32,32 @@ class SquareRoot(NamedTuple):
         dims: Their dimensions that lie in a block, counted from the last.
         vectors: Eigenvectors of the blocks as columns, shape (number, k, k).
         roots: Square roots of the eigenvalues, zero where these are rounding, shape (number, k).
+        is_none: Whether there is no such root, as the blocks are not positive semidefinite, or not finite;
+            a condition on the device.
     """
 
     shape: torch.Size
     dims: tuple[int, ...]
     vectors: Tensor
     roots: Tensor
+    is_none: Tensor
 
     @classmethod
-    def of(cls, blocks: Blocks, shape: torch.Size) -> SquareRoot | None:
-        """Of positive semidefinite blocks; None where they are not."""
+    def of(cls, blocks: Blocks, shape: torch.Size) -> SquareRoot:
+        """Of positive semidefinite blocks."""
         matrices, k = blocks.matrices, blocks.matrices.shape[1]
         eps = torch.finfo(matrices.dtype).eps
         if k == 1:
             values, vectors = matrices[:, :, 0], torch.ones_like(matrices)
         else:
-            values, vectors = torch.linalg.eigh((matrices + matrices.mT).double() / 2)
+            waits(matrices)
+            values, vectors = torch.linalg.eigh((matrices + matrices.mT).double() / 2)  # waits: once a step
         # A gradient over a root that is smaller would drown the others.
         bound = eps * k * (values.abs().max() if values.numel() else 0.0)
-        if bool((values < -NEGATIVE * bound).any()) or not bool(values.isfinite().all()):
-            return None
+        is_none = (values < -NEGATIVE * bound).any() | ~values.isfinite().all()
         roots = torch.where(values > ZERO * bound, values, 0.0).sqrt()
         dims = tuple(dim - len(shape) for dim in blocks.dims)
-        return cls(shape, dims, vectors.to(matrices), roots.to(matrices))
+        return cls(shape, dims, vectors.to(matrices), roots.to(matrices), is_none)
 
     def transposed(self, U: Tensor) -> Tensor:
         """``S^T`` times a batch shaped like the outputs: shape (batch, rows)."""
@@ -80,8 +84,6 @@ class SquareRoot(NamedTuple):
             parts = torch.einsum("bnk,nkj->bnj", parts, self.vectors)
         kept = self.roots > 0
         inside = torch.where(kept, parts / torch.where(kept, self.roots, 1.0), 0.0).flatten(1)
-        if bool(kept.all()):
-            return inside[0], torch.zeros_like(u)
         outside = torch.where(kept, 0.0, parts)
         return inside[0], self._replace(roots=torch.ones_like(self.roots)).times(outside.flatten(1))[0]
 
@@ -95,27 +97,27 @@ class SquareRoots:
     """``S`` of all outputs, on flat vectors.
 
     Args:
-        roots: Of each tensor of outputs.
+        roots: Of each tensor of outputs; an attribute too.
         outputs: These.
     """
 
     def __init__(self, roots: Sequence[SquareRoot], outputs: Sequence[Tensor]) -> None:
-        self._roots, self._outputs = roots, Layout(outputs)
+        self.roots, self._outputs = roots, Layout(outputs)
         self._sizes = [root.roots.numel() for root in roots]
 
     def transposed(self, Z: Tensor) -> Tensor:
         """``S^T`` times vectors in the space of outputs, as rows."""
-        pairs = zip(self._roots, self._outputs.unflatten_rows(Z), strict=True)
+        pairs = zip(self.roots, self._outputs.unflatten_rows(Z), strict=True)
         return torch.cat([root.transposed(part) for root, part in pairs], dim=1)
 
     def times(self, W: Tensor) -> Tensor:
         """``S`` times vectors in the space of residuals, as rows."""
-        pairs = zip(self._roots, W.split(self._sizes, dim=1), strict=True)
+        pairs = zip(self.roots, W.split(self._sizes, dim=1), strict=True)
         return torch.cat([root.times(part).flatten(1) for root, part in pairs], dim=1)
 
     def solved(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The least ``c`` that minimises ``norm(S c - u)``, and ``u - S c``, for ``u`` in parts."""
-        pairs = [root.solved(part) for root, part in zip(self._roots, parts, strict=True)]
+        pairs = [root.solved(part) for root, part in zip(self.roots, parts, strict=True)]
         return torch.cat([c for c, _ in pairs]), torch.cat([rest.flatten() for _, rest in pairs])
 
 
@@ -133,6 +135,7 @@ class ResidualJacobian(LinearOperator):
     Attributes:
         target: ``c``, shape (m,): ``-A^T c`` is the gradient of the losses, as far as their Hessian reaches.
         rest: Minus the gradient with respect to the outputs where it does not, flat; None for none.
+        is_none: Whether ``S`` is not what it should be: the losses are not convex.
         passes: Backward passes that make the matrix.
         memory: As given.
 
@@ -153,7 +156,9 @@ class ResidualJacobian(LinearOperator):
         self.jacobian, self._roots, self.memory = operator.jacobian, roots, memory
         super().__init__(self.jacobian.shape, self.jacobian.dtype, self.jacobian.device)
         self.target, rest = roots.solved([-gradient for gradient in operator.output_gradients])
-        self.rest = rest if bool(rest.any()) else None
+        # One read for all that the numbers say.
+        has_rest, *are_none = read(rest.any(), *(root.is_none for root in roots.roots))
+        self.rest, self.is_none = (rest if has_rest else None), any(are_none)
         self.passes = min(self.shape)
 
     @classmethod
@@ -171,11 +176,11 @@ class ResidualJacobian(LinearOperator):
             if not gradient.numel():
                 return None
             blocks = OutputHessian(gradient, outputs).blocks()
-            root = None if blocks is None else SquareRoot.of(blocks, gradient.shape)
-            if root is None:
+            if blocks is None:
                 return None
-            roots.append(root)
-        return cls(operator, SquareRoots(roots, operator.jacobian.outputs), memory)
+            roots.append(SquareRoot.of(blocks, gradient.shape))
+        found = cls(operator, SquareRoots(roots, operator.jacobian.outputs), memory)
+        return None if found.is_none else found
 
     @property
     def fits(self) -> bool:
@@ -241,7 +246,6 @@ def _weights(factor: float | Tensor, parameters: Sequence[Tensor]) -> list[float
         return [factor**2] * len(parameters)
     parts = factor.split([p.numel() for p in parameters])
     # Of no entries, one that is not there.
-    ends = torch.stack(
-        [torch.stack(torch.aminmax(part if len(part) else factor[:1])) for part in parts]
-    ).tolist()
-    return [low**2 for low, _ in ends] if all(low == high for low, high in ends) else None
+    found = [end for part in parts for end in torch.aminmax(part if len(part) else factor[:1])]
+    ends = read(*found)
+    return [low**2 for low in ends[::2]] if ends[::2] == ends[1::2] else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secondorder.autodiff.graph import Source, pass_bytes
+from secondorder.vectors.host import is_true
 
 # The narrowest piece that is measured against a loop; then its doubles.
 NARROWEST = 8
@@ -115,7 +116,7 @@ def _agree(first: Tensor, second: Tensor) -> bool:
     """Whether two results are one up to rounding, or both not finite: one host read."""
     tolerance = torch.finfo(first.dtype).eps ** 0.5
     scale = first.abs().max().maximum(second.abs().max()) if first.numel() else first.new_zeros(())
-    return not bool(((first - second).abs() > tolerance * scale).any())
+    return not is_true(((first - second).abs() > tolerance * scale).any())
 
 
 def _timed(function: Product, argument: Tensor) -> tuple[Tensor, float]:
@@ -135,6 +136,8 @@ def _affordable(column_bytes: int, device: torch.device) -> int:
     free = math.inf
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    elif device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type not in ("cpu", "meta"):
+        # Not every accelerator says.
+        module = torch.get_device_module(device)
+        free = module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else math.inf
     return int(min(SHARE * free / max(column_bytes, 1), MOST))

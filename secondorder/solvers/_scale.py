@@ -16,20 +16,22 @@ from torch import Tensor
 
 from secondorder.solvers._probes import gaussian
 from secondorder.solvers._result import SolveResult
+from secondorder.vectors.host import is_true, read
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class OutOfRangeError(ArithmeticError):
-    """``A`` or ``M`` is of a size whose squares leave the range of numbers.
+    """``A``, ``M`` or ``b`` is of a size whose squares leave the range of numbers.
 
     Attributes:
         products: Of ``A`` spent until that was seen.
+        of_b: Whether it is ``b``.
     """
 
-    def __init__(self, products: int) -> None:
+    def __init__(self, products: int, of_b: bool = False) -> None:
         super().__init__(products)
-        self.products = products
+        self.products, self.of_b = products, of_b
 
 
 class Scaled:
@@ -85,6 +87,12 @@ def exponent_of(largest: float, dtype: torch.dtype) -> int:
     return math.frexp(largest)[1]
 
 
+def check_size(largest: float, dtype: torch.dtype, products: int, x0: Tensor | None) -> None:
+    """Leave a solver that is ``rescaled_late`` where ``b``, with this largest entry, needs another size."""
+    if exponent_of(largest, dtype) or (largest == 0 and x0 is not None):
+        raise OutOfRangeError(products, of_b=True)
+
+
 def rescaled(solve: F) -> F:
     """Let a solver work on a system of size one where squares would leave the range; below ``by_columns``.
 
@@ -94,31 +102,63 @@ def rescaled(solve: F) -> F:
 
     @wraps(solve)
     def solve_any(A: Any, b: Tensor, *radius: float, **options: Any) -> SolveResult:
-        largest = float(b.abs().max()) if b.numel() else 0.0
-        if largest == 0 and options.get("x0") is not None:
-            options["x0"] = None
         if radius:
             options["radius"] = radius[0]
-        sizes = Sizes(A.exponent if isinstance(A, Scaled) else 0, exponent_of(largest, b.dtype), 0)
-        try:
-            return sizes.solve(solve, A, b, options)
-        except OutOfRangeError as error:
-            spent = error.products + 1
-        sizes = sizes._replace(A=exponent_of_operator(A, b))
-        if options.get("M") is not None:
-            sizes = sizes._replace(M=exponent_of_operator(options["M"], b))
-            options["M"] = Scaled(options["M"], sizes.M)
-        result = sizes.solve(solve, Scaled(A, sizes.A), b, options)
-        return result._replace(products=result.products + spent)
+        return _divided(solve, A, b, options)
 
     return cast(F, solve_any)
+
+
+def rescaled_late(solve: F) -> F:
+    """The same, for a solver that looks at ``b`` itself, by ``check_size``: no read before its own."""
+
+    @wraps(solve)
+    def solve_any(A: Any, b: Tensor, **options: Any) -> SolveResult:
+        if isinstance(A, Scaled):
+            return _divided(solve, A, b, options)
+        try:
+            result: SolveResult = solve(A, b, **options)
+        except OutOfRangeError as error:
+            found = error
+        else:
+            return result
+        if found.of_b:
+            result = _divided(solve, A, b, options)
+            return result._replace(products=result.products + found.products)
+        return _divided_twice(solve, A, b, options, Sizes(0, 0, 0), found.products)
+
+    return cast(F, solve_any)
+
+
+def _divided(solve: Callable[..., Any], A: Any, b: Tensor, options: dict[str, Any]) -> SolveResult:
+    """By the size of ``b``, and by that of ``A`` where the solver finds it out of range."""
+    largest = read(b.abs().max())[0] if b.numel() else 0.0
+    if largest == 0 and options.get("x0") is not None:
+        options["x0"] = None
+    sizes = Sizes(A.exponent if isinstance(A, Scaled) else 0, exponent_of(largest, b.dtype), 0)
+    try:
+        return sizes.solve(solve, A, b, options)
+    except OutOfRangeError as error:
+        spent = error.products
+    return _divided_twice(solve, A, b, options, sizes, spent)
+
+
+def _divided_twice(
+    solve: Callable[..., Any], A: Any, b: Tensor, options: dict[str, Any], sizes: Sizes, spent: int
+) -> SolveResult:
+    sizes = sizes._replace(A=exponent_of_operator(A, b))
+    if options.get("M") is not None:
+        sizes = sizes._replace(M=exponent_of_operator(options["M"], b))
+        options["M"] = Scaled(options["M"], sizes.M)
+    result = sizes.solve(solve, Scaled(A, sizes.A), b, options)
+    return result._replace(products=result.products + spent + 1)
 
 
 def exponent_of_operator(A: Any, b: Tensor) -> int:
     """Of a power of two near the largest entry of a product with random numbers of size one."""
     n = b.shape[0] if getattr(A, "shape", None) is None else A.shape[1]
     product = A @ gaussian(b.new_empty(n), 1, torch.Generator("cpu").manual_seed(0))[:, 0]
-    return exponent_of(float(product.abs().max()) if product.numel() else 0.0, b.dtype)
+    return exponent_of(read(product.abs().max())[0] if product.numel() else 0.0, b.dtype)
 
 
 class Sizes(NamedTuple):
@@ -173,10 +213,10 @@ class Sizes(NamedTuple):
             return result
         x = shifted(result.x, self.b - self.A)
         back = shifted(x, self.A - self.b)
-        if not bool(x.isfinite().all()):
+        if not is_true(x.isfinite().all()):
             result = result._replace(status="non_finite", residual_norm=math.nan)
         elif not torch.equal(back, result.x):
-            residual_norm = float((b - A @ back - shift * back).norm())
+            (residual_norm,) = read((b - A @ back - shift * back).norm())
             is_as_good = residual_norm <= 1.01 * result.residual_norm
             status = result.status if is_as_good else "stagnated"
             result = result._replace(status=status, residual_norm=residual_norm)

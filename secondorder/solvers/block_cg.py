@@ -8,15 +8,23 @@ block conjugate gradients, algorithm BCGrQ.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_limits, check_preconditioner, check_start, check_system
+from secondorder.solvers._checks import (
+    check_count,
+    check_limits,
+    check_preconditioner,
+    check_start,
+    check_system,
+)
 from secondorder.solvers._result import SolveResult, of_columns
 from secondorder.solvers._scale import Sizes, exponent_of, shifted, shifted_number
+from secondorder.vectors.host import listed
 
 
 def block_cg(
@@ -28,6 +36,7 @@ def block_cg(
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_iter: int | None = None,
+    check_every: int = 1,
 ) -> SolveResult:
     """Solve ``A X = B`` for a symmetric positive definite ``A`` and many right-hand sides at once.
 
@@ -43,6 +52,8 @@ def block_cg(
         rtol: A column has converged when ``norm(b - A x) <= max(rtol * norm(b), atol)``. Dimensionless.
         atol: See ``rtol``; in units of ``B``.
         max_iter: Number of block iterations allowed; ``10 * n`` when None.
+        check_every: Iterations between two host reads. Those that turn out to be past the end are thrown
+            away: results are the same, bit for bit, for up to ``check_every - 1`` block products more.
 
     Returns:
         ``SolveResult`` whose ``columns`` hold each column's own; "converged", "max_iter",
@@ -54,8 +65,10 @@ def block_cg(
         ValueError: ``B`` is not a block; shapes do not fit; ``A`` is not symmetric; a tolerance is negative;
             ``M`` is not positive definite.
 
-    Cost: an iteration, one product with a block of at most k columns, ``10 n k^2`` operations and three host
-    reads; four blocks of storage; one more product whenever the columns claim convergence.
+    Cost: an iteration, one product with a block of at most k columns and ``10 n k^2`` operations; four blocks
+    of storage, and two for each of ``check_every``; one more product whenever the columns claim convergence.
+    Host reads: one for ``check_every`` iterations, one with each such product, and one at the start; 16
+    launches an iteration, 18 with ``M``.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
@@ -63,23 +76,24 @@ def block_cg(
         1
     """
     _check(A, B, X0, M, (rtol, atol, max_iter))
+    check_count("check_every", check_every, 1)
     B = B.detach()
     # Columns whose squares would leave the range are solved at size one.
     largest = B.abs().amax(0) if B.shape[0] else B.new_zeros(B.shape[1])
-    exponents = [exponent_of(size, B.dtype) for size in largest.tolist()]
+    exponents = [exponent_of(size, B.dtype) for size in listed(largest)]
     atols = [shifted_number(atol, -exponent) for exponent in exponents]
     if X0 is not None:
         # The solution of a zero right-hand side is zero.
         X0 = _divided(torch.where(largest == 0, 0.0, X0.to(B)), exponents)
     limit = 10 * B.shape[0] if max_iter is None else max_iter
-    run = _Block(A, _divided(B, exponents), X0, M, rtol, B.new_tensor(atols))
+    run = _Block(A, _divided(B, exponents), X0, M, (rtol, atols), (check_every, limit))
     while True:
         status = run.iterate(limit)
-        before = run.verified
+        before = run.residual_norms
         run.measure()
-        is_open = run.residual_norms > run.tolerances
         # Columns whose true residual belies the recurrence go on from it, as long as that helps.
-        helps = bool((is_open & (run.residual_norms < 0.5 * before)).any())
+        columns = zip(run.residual_norms, run.tolerances, before, strict=True)
+        helps = any(norm > tolerance and norm < 0.5 * last for norm, tolerance, last in columns)
         if status != "converged" or not helps:
             break
     return run.result("stagnated" if status == "converged" else status, exponents)
@@ -102,18 +116,60 @@ def _divided(B: Tensor, exponents: Sequence[int]) -> Tensor:
     return torch.stack([shifted(b, -e) for b, e in zip(B.unbind(1), exponents, strict=True)], dim=1)
 
 
+class _Ahead(NamedTuple):
+    """An iteration that was made: where it ends, along which directions, and its numbers.
+
+    Attributes:
+        X: Solutions after it.
+        P: Its directions.
+        curvatures: ``P^T A P``, on the host.
+        norms: Of the residuals after it, on the host.
+        failed: Not zero where the curvatures have no Cholesky factor.
+        least: Least ``q^T M q``.
+    """
+
+    X: Tensor
+    P: Tensor
+    curvatures: Tensor
+    norms: list[float]
+    failed: float
+    least: float
+
+
+class _Front(NamedTuple):
+    """The iteration itself, ahead of what the host knows: residuals ``Q S``, inverse of the curvatures."""
+
+    X: Tensor
+    Q: Tensor
+    S: Tensor
+    P: Tensor | None = None
+    AP: Tensor | None = None
+    inverse: Tensor | None = None
+
+
 class _Block:
     """The state of the iteration; directions are shared, residuals belong to the columns."""
 
-    def __init__(self, A: Any, B: Tensor, X0: Tensor | None, M: Any, rtol: float, atol: Tensor) -> None:
-        self._A, self._B, self._M = A, B, M
-        self.tolerances = torch.maximum(rtol * B.norm(dim=0), atol)
-        self.verified = torch.full_like(self.tolerances, math.inf)
-        self.residual_norms = self.verified
+    def __init__(
+        self,
+        A: Any,
+        B: Tensor,
+        X0: Tensor | None,
+        M: Any,
+        goals: tuple[float, list[float]],
+        ahead: tuple[int, int],
+    ) -> None:
+        """``goals``: relative and absolute ones; ``ahead``: iterations between reads, and those allowed."""
+        self._A, self._B, self._M, self._goals, self._ahead = A, B, M, goals, ahead
+        self.tolerances: list[float] = []
+        self.residual_norms = [math.inf] * B.shape[1]
         self.iteration, self.products = 0, 0
         self._X = self._start = torch.zeros_like(B) if X0 is None else X0.to(B)
         self._R = B if X0 is None else B - self._multiply(self._X)
-        self._direction: Tensor | None = None
+        k = min(B.shape)
+        self._identity = torch.eye(k, dtype=B.dtype, device=B.device)
+        # Directions, and their combination with the least curvature.
+        self._flat: tuple[Tensor, Tensor] | None = None
 
     def _multiply(self, V: Tensor) -> Tensor:
         self.products += V.shape[1]
@@ -122,72 +178,110 @@ class _Block:
 
     def iterate(self, limit: int) -> str:
         """Iterate until all columns claim convergence or something stops it; the status says what."""
-        Q, S = torch.linalg.qr(self._R)
-        # The last directions, A times them, and the inverse of their curvatures.
-        P, AP = (self._B.new_zeros(self._B.shape[0], 0) for _ in range(2))
-        inverse = self._B.new_zeros(0, 0)
-        steepest, flattest, self._direction = 0.0, math.inf, None
+        self._front = _Front(self._X, *torch.linalg.qr(self._R))
+        self._made: deque[_Ahead] = deque()
+        norms = self._run([self._front.S.norm(dim=0), self._B.norm(dim=0)])
+        columns, (rtol, atols) = self._B.shape[1], self._goals
+        self.tolerances = [max(rtol * b, atol) for b, atol in zip(norms[columns:], atols, strict=True)]
+        residuals, steepest, flattest, self._flat = norms[:columns], 0.0, math.inf, None
         while True:
-            # The residuals are Q S.
-            stopped_by = self._judge(S.norm(dim=0), limit)
+            stopped_by = self._judge(residuals, limit)
             if stopped_by is not None:
                 return stopped_by
-            Z = Q if self._M is None else self._preconditioned(Q)
-            P = torch.linalg.qr(Z - P @ (inverse @ (AP.T @ Z)))[0]
-            AP = self._multiply(P)
-            curvatures = (P.T @ AP + AP.T @ P) / 2
-            if not bool(curvatures.isfinite().all()):
+            if not self._made:
+                self._run([])
+            made = self._made.popleft()
+            self._check_preconditioner(made.least)
+            if not bool(made.curvatures.isfinite().all()):
                 return "non_finite"
-            values, vectors = torch.linalg.eigh(curvatures)
-            lowest, highest = values[[0, -1]].tolist()
+            # On the host: nothing waits.
+            values, vectors = torch.linalg.eigh(made.curvatures)  # waits: for nothing, it is on the host
+            lowest, highest = float(values[0]), float(values[-1])
+            here = made.P, vectors[:, 0]
             if lowest <= 0:
-                self._direction = P @ vectors[:, 0]
+                self._flat = here
                 return "negative_curvature"
             steepest = max(steepest, highest)
-            if min(lowest, flattest) <= torch.finfo(values.dtype).eps * steepest:
+            if made.failed or min(lowest, flattest) <= torch.finfo(values.dtype).eps * steepest:
                 # Along such a direction a step has no bound: those already made are undone.
                 self._X = self._start if flattest < lowest else self._X
-                self._direction = P @ vectors[:, 0] if self._direction is None else self._direction
+                self._flat = here if self._flat is None else self._flat
                 return "singular"
             if lowest < flattest:
-                flattest, self._direction = lowest, P @ vectors[:, 0]
-            # (P^T A P)^-1, by the eigenvectors that were needed anyway.
-            inverse = (vectors / values) @ vectors.T
-            step = inverse @ (P.T @ Q)
-            self._X = self._X + P @ (step @ S)
-            Q, C = torch.linalg.qr(Q - AP @ step)
-            S = C @ S
+                flattest, self._flat = lowest, here
+            self._X, residuals = made.X, made.norms
             self.iteration += 1
 
-    def _judge(self, norms: Tensor, limit: int) -> str | None:
+    def _run(self, first: list[Tensor]) -> list[float]:
+        """Iterate ahead of what the host knows; the numbers are read together with ``first``."""
+        check_every, limit = self._ahead
+        made, numbers = [], list(first)
+        for _ in range(min(check_every, limit - self.iteration)):
+            self._front, rows = self._iterated(self._front)
+            made.append(self._front)
+            numbers += rows
+        known = listed(torch.cat([number.reshape(-1) for number in numbers]))
+        rest, k = known[sum(number.numel() for number in first) :], self._B.shape[1]
+        for i, front in enumerate(made):
+            width = len(rest) // len(made)
+            row = rest[i * width : (i + 1) * width]
+            assert front.P is not None
+            size = front.P.shape[1]
+            entries, norms, others = row[: size**2], row[size**2 : size**2 + k], row[size**2 + k :]
+            matrix = torch.tensor(entries, dtype=self._B.dtype, device="cpu").view(size, size)
+            symmetric = (matrix + matrix.T) / 2
+            self._made.append(
+                _Ahead(front.X, front.P, symmetric, norms, others[0], min(others[1:], default=1.0))
+            )
+        return known[: len(known) - len(rest)]
+
+    def _iterated(self, at: _Front) -> tuple[_Front, list[Tensor]]:
+        """One iteration, and its numbers, all of it on the device."""
+        Z: Tensor = at.Q if self._M is None else self._M @ at.Q
+        least = [] if self._M is None else [(at.Q * Z).sum(0)]
+        if at.P is not None and at.AP is not None and at.inverse is not None:
+            Z = torch.addmm(Z, at.P, at.inverse @ (at.AP.T @ Z), alpha=-1)
+        P = torch.linalg.qr(Z)[0]
+        AP = self._multiply(P)
+        # Of which the factor takes the lower half.
+        curvatures = P.T @ AP
+        L, failed = torch.linalg.cholesky_ex(curvatures)
+        # Unlike cholesky_inverse it does not complain where there is none, which the host sees later.
+        inverse = torch.cholesky_solve(self._identity, L)
+        step = inverse @ (P.T @ at.Q)
+        X = torch.addmm(at.X, P, step @ at.S)
+        Q, C = torch.linalg.qr(torch.addmm(at.Q, AP, step, alpha=-1))
+        S = C @ at.S
+        return _Front(X, Q, S, P, AP, inverse), [curvatures, S.norm(dim=0), failed, *least]
+
+    def _judge(self, norms: list[float], limit: int) -> str | None:
         """Whether residuals of these norms end the iteration."""
-        total, still_open = torch.stack([norms.sum(), (norms > self.tolerances).sum()]).tolist()
-        if not math.isfinite(total):
+        if not all(map(math.isfinite, norms)):
             return "non_finite"
-        if not still_open:
+        if not any(norm > tolerance for norm, tolerance in zip(norms, self.tolerances, strict=True)):
             return "converged"
         return "max_iter" if self.iteration >= limit else None
 
-    def _preconditioned(self, Q: Tensor) -> Tensor:
-        Z: Tensor = self._M @ Q
-        least = float((Q * Z).sum(0).min())
+    def _check_preconditioner(self, least: float) -> None:
         if least <= 0:
             raise ValueError(
                 f"M must be symmetric positive definite, got r^T M r = {least:.3g} in iteration"
                 f" {self.iteration}."
             )
-        return Z
 
     def measure(self) -> None:
         """True residuals, from which the iteration goes on: one product with the block."""
         AX = self._multiply(self._X)
         self._R = self._B - AX
-        self.verified = self.residual_norms = self._R.norm(dim=0)
-        self._quadratics = (self._X * AX).sum(0)
+        numbers = listed(torch.cat([self._R.norm(dim=0), (self._X * AX).sum(0)]))
+        k = len(numbers) // 2
+        self.residual_norms, self._quadratics = numbers[:k], numbers[k:]
 
     def result(self, otherwise: str, exponents: Sequence[int]) -> SolveResult:
         """Each column's result, in the given units: converged, or what stopped the iteration."""
-        norms, tolerances = self.residual_norms.tolist(), self.tolerances.tolist()
+        direction = None
+        if self._flat is not None and otherwise in ("negative_curvature", "singular"):
+            direction = self._flat[0] @ self._flat[1].to(self._B.device, non_blocking=True)
         columns = [
             SolveResult(
                 x,
@@ -196,10 +290,10 @@ class _Block:
                 norm,
                 quadratic,
                 products=0,
-                direction=self._direction if otherwise in ("negative_curvature", "singular") else None,
+                direction=direction,
             )
             for x, norm, tolerance, quadratic in zip(
-                self._X.unbind(1), norms, tolerances, self._quadratics.tolist(), strict=True
+                self._X.unbind(1), self.residual_norms, self.tolerances, self._quadratics, strict=True
             )
         ]
         columns = [
@@ -207,5 +301,5 @@ class _Block:
             for column, exponent, b in zip(columns, exponents, self._B.unbind(1), strict=True)
         ]
         whole = of_columns(columns, self._B[:, :0].sum(1))
-        direction = self._direction if whole.status in ("negative_curvature", "singular") else None
+        direction = direction if whole.status in ("negative_curvature", "singular") else None
         return whole._replace(products=self.products, direction=direction)

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from secondorder.solvers._checks import check_iteration, check_radius
-from secondorder.solvers._directions import CGState, ConjugateDirections, to_boundary
+from secondorder.solvers._checks import check_count, check_iteration, check_radius
+from secondorder.solvers._directions import Ahead, CGState, ConjugateDirections, to_boundary
 from secondorder.solvers._result import SolveResult, by_columns
-from secondorder.solvers._scale import check_range, rescaled
+from secondorder.solvers._scale import check_range, rescaled_late
 
 # Martens (2010), section 4.4: look back max(10, i / 10) iterations.
 LOOK_BACK, LOOK_BACK_FRACTION = 10, 0.1
@@ -24,7 +24,7 @@ KEPT_SPACING = 1.3
 
 
 @by_columns
-@rescaled
+@rescaled_late
 def cg(
     A: Any,
     b: Tensor,
@@ -36,6 +36,7 @@ def cg(
     atol: float = 0.0,
     max_iter: int | None = None,
     callback: Callable[[CGState], bool | None] | None = None,
+    check_every: int = 1,
 ) -> SolveResult:
     """Solve ``A x = b`` for a symmetric positive definite ``A``.
 
@@ -57,6 +58,8 @@ def cg(
         max_iter: Number of iterations allowed; ``10 * n`` when None.
         callback: Called with a ``CGState`` after each iteration; stops the iteration by returning True. See
             ``RelativeProgress`` for the stop of Hessian-free optimization.
+        check_every: Iterations between two host reads. Those that turn out to be past the end are thrown
+            away: results are the same, bit for bit, for up to ``check_every - 1`` products more.
 
     Returns:
         ``SolveResult`` with ``status`` "converged", "max_iter", "negative_curvature", "singular",
@@ -67,9 +70,9 @@ def cg(
         ValueError: shapes do not fit; ``A`` is not symmetric; a tolerance is negative; ``M`` is not positive
             definite; ``radius`` is not positive, or given with ``M`` and ``x0``, or smaller than ``x0``.
 
-    Cost: one product with ``A``, one with ``M`` and two host reads an iteration (one more with ``M``, and
-    with a callback), five vectors of storage; one more product at the end, and one at the start when ``x0``
-    is given.
+    Cost: one product with ``A`` and one with ``M`` an iteration, six vectors of storage and two for each of
+    ``check_every``; one more product at the end, and one at the start when ``x0`` is given. Host reads: one
+    for ``check_every`` iterations, and one at the end; 12 launches an iteration, 14 with a callback.
 
     Example:
         >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
@@ -78,9 +81,12 @@ def cg(
     """
     check_iteration(A, b, x0, M, (rtol, atol, max_iter))
     _check_radius(radius, x0, M)
+    check_count("check_every", check_every, 1)
     limit = 10 * b.numel() if max_iter is None else max_iter
-    tolerance = max(rtol * float(b.norm()), atol)
-    run = ConjugateDirections(A, b, x0, M, is_bounded=radius is not None)
+    run = ConjugateDirections(
+        A, b, x0, M, Ahead(check_every, limit, radius is not None, callback is not None)
+    )
+    tolerance = max(rtol * run.b_norm, atol)
     verified = math.inf
     while True:
         status = _iterate(run, tolerance, limit, radius, callback)

@@ -11,6 +11,7 @@ from torch import Tensor
 from secondorder.solvers._checks import check_damping, check_fit, check_symmetric, check_system, dense
 from secondorder.solvers._result import SolveResult, by_columns
 from secondorder.solvers._scale import rescaled
+from secondorder.vectors.host import read
 
 
 class Spectrum(NamedTuple):
@@ -34,7 +35,7 @@ class Spectrum(NamedTuple):
     @property
     def rounding(self) -> float:
         """The size below which an eigenvalue cannot be told from zero: ``eps * n * max(abs(values))``."""
-        scale = float(self.values.abs().max()) if self.values.numel() else 0.0
+        scale = read(self.values.abs().max())[0] if self.values.numel() else 0.0
         return torch.finfo(self.values.dtype).eps * self.values.numel() * scale
 
 
@@ -63,7 +64,7 @@ def spectrum(A: Any, like: Tensor) -> Spectrum:
     matrix = dense(A, like)
     if not bool(matrix.isfinite().all()):
         raise ValueError("A must be finite, got a matrix with NaN or infinity.")
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)  # waits: once
     return Spectrum(values, vectors, matrix)
 
 

@@ -17,6 +17,7 @@ from secondorder.solvers._probes import gaussian
 from secondorder.solvers._result import SolveResult, by_columns
 from secondorder.solvers._scale import check_range, rescaled
 from secondorder.solvers.trust_region import minimise_diagonal, within
+from secondorder.vectors.host import read
 
 # Each iteration keeps a vector.
 DEFAULT_MAX_ITER = 1000
@@ -74,9 +75,9 @@ def gltr(
     check_system(A, b)
     check_limits(rtol, atol, max_iter)
     check_radius(radius)
-    n, size = b.shape[0], float(b.norm())
+    n, size = b.shape[0], read(b.norm())[0]
     limit = min(n, DEFAULT_MAX_ITER if max_iter is None else max_iter)
-    run = _Lanczos(A, b)
+    run = _Lanczos(A, b, size)
     small = _Small(size, radius, b.dtype)
     while math.isfinite(size) and run.k < limit and run.extend():
         if run.k <= CHECKED_EACH_TIME or run.k % (run.k // 10) == 0 or run.k == limit or run.is_closed:
@@ -91,7 +92,7 @@ def gltr(
 class _Lanczos:
     """An orthonormal basis in which ``A`` is tridiagonal, kept orthogonal to rounding."""
 
-    def __init__(self, A: Any, b: Tensor) -> None:
+    def __init__(self, A: Any, b: Tensor, size: float) -> None:
         self._A, self._like = A, b
         self.k = 0
         self.diagonal: list[float] = []
@@ -103,9 +104,8 @@ class _Lanczos:
         self._basis = b.new_empty(b.shape[0], 0)
         self._generator = torch.Generator("cpu").manual_seed(0)
         self._scale = 0.0
-        norm = b.norm()
-        if bool(norm > 0):
-            self._next = b / norm
+        if size > 0:
+            self._next = b / b.norm()
         else:
             self.continue_elsewhere()
             self.off_diagonal.clear()
@@ -127,7 +127,7 @@ class _Lanczos:
         alpha = q.dot(w)
         for _ in range(2):
             w = w - self.basis @ (self.basis.T @ w)
-        values = torch.stack([alpha, w.norm()]).tolist()
+        values = read(alpha, w.norm())
         if self.k == 1:
             check_range(self._A, self.k, q.dtype, abs(values[0]) + values[1])
         if not all(map(math.isfinite, values)):
@@ -159,7 +159,7 @@ class _Lanczos:
             w = gaussian(self._like, 1, self._generator)[:, 0]
             w = w / w.norm()
             w = w - self.basis @ (self.basis.T @ w)
-            length = float(w.norm())
+            (length,) = read(w.norm())
         for _ in range(2):
             w = w / w.norm()
             w = w - self.basis @ (self.basis.T @ w)
@@ -174,7 +174,7 @@ class _Small:
 
     def __init__(self, size: float, radius: float, dtype: torch.dtype) -> None:
         self._size, self._radius, self._dtype = size, radius, dtype
-        self.coordinates = torch.zeros(0, dtype=torch.float64)
+        self.coordinates = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.lowest_vector = self.coordinates
         self.lowest, self.shift, self.status = 0.0, 0.0, "converged"
 
@@ -214,15 +214,14 @@ def _result(A: Any, b: Tensor, run: _Lanczos, small: _Small, radius: float, tole
     basis = run.basis[:, :k]
     x = within(basis @ small.coordinates.to(b), radius)
     Ax = A @ x
-    residual_norm = float((b - Ax - small.shift * x).norm())
+    numbers = [(b - Ax - small.shift * x).norm(), x.dot(Ax), x.norm(), b.norm()]
+    residual_norm, quadratic, length, size = read(*numbers)
     status = small.status
     if not run.is_finite or not math.isfinite(residual_norm):
         status = "non_finite"
     elif residual_norm > tolerance and status != "singular":
-        scale = run._scale * float(x.norm()) + float(b.norm())
+        scale = run._scale * length + size
         at_rounding = residual_norm <= 10 * b.shape[0] * torch.finfo(b.dtype).eps * scale
         status = "stagnated" if at_rounding else "max_iter"
     direction = basis @ small.lowest_vector.to(b) if small.has_negative_curvature else None
-    return SolveResult(
-        x, status, run.k, residual_norm, float(x.dot(Ax)), run.k + 1, direction, shift=small.shift
-    )
+    return SolveResult(x, status, run.k, residual_norm, quadratic, run.k + 1, direction, shift=small.shift)

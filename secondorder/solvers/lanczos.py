@@ -16,6 +16,7 @@ from secondorder.solvers._checks import check_count, check_limits, check_symmetr
 from secondorder.solvers._probes import NOT_FINITE, check_finite, gaussian, multiply
 from secondorder.solvers._result import STATUS_TEXT
 from secondorder.solvers._scale import OutOfRangeError, Scaled, check_range, exponent_of_operator, shifted
+from secondorder.vectors.host import read
 
 WHICH = ("LM", "LA", "SA", "BE")
 
@@ -224,12 +225,12 @@ class _Lanczos:
         again = Q @ w
         w = w - again @ Q
         self._T[j, : j + 1] = self._T[: j + 1, j] = along + again
-        rest, length = torch.stack([w.norm(), length]).tolist()
+        rest, size = read(w.norm(), length)
         if self.iterations == 0:
-            check_range(self.A, 1, w.dtype, length)
-        if not (math.isfinite(rest) and math.isfinite(length)):
+            check_range(self.A, 1, w.dtype, size)
+        if not (math.isfinite(rest) and math.isfinite(size)):
             raise RuntimeError(NOT_FINITE)
-        self._largest = max(self._largest, length)
+        self._largest = max(self._largest, size)
         # Below this, what is left is the rounding of the product: the subspace is invariant.
         is_invariant = rest <= 10 * torch.finfo(w.dtype).eps * self._largest
         self._coupling = 0.0 if is_invariant else rest
@@ -248,6 +249,7 @@ class _Lanczos:
 
     def ritz(self, which: str) -> _Ritz:
         """Ritz pairs of the basis, the most wanted first."""
+        # waits: once a restart
         values, weights = torch.linalg.eigh(self._T[: self.size, : self.size])
         order = _order(values, which)
         return _Ritz(values[order], weights[:, order], self._coupling * weights[-1, order].abs())
@@ -282,7 +284,7 @@ def _dense(A: Any, like: Tensor, k: int, which: str, rtol: float) -> EigenResult
     """All eigenpairs, of which the wanted are taken."""
     matrix = dense(A, like)
     check_finite(matrix)
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)  # waits: once
     X = vectors[:, _order(values, which)[:k]]
     products = 0 if isinstance(A, Tensor) else like.shape[0]
     result = _result(X, matrix @ X, values.abs().amax(), rtol, "converged", 0)
@@ -292,7 +294,7 @@ def _dense(A: Any, like: Tensor, k: int, which: str, rtol: float) -> EigenResult
 def _result(X: Tensor, AX: Tensor, norm: Tensor, rtol: float, status: str, iterations: int) -> EigenResult:
     """The pairs of the space that orthonormal ``X`` spans, with their true residuals."""
     small = X.T @ AX
-    values, rotation = torch.linalg.eigh((small + small.T) / 2)
+    values, rotation = torch.linalg.eigh((small + small.T) / 2)  # waits: once
     X, AX = X @ rotation, AX @ rotation
     residual_norms = (AX - X * values).norm(dim=0)
     if status == "converged" and bool((residual_norms > rtol * norm).any()):

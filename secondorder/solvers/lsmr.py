@@ -7,18 +7,26 @@ section 2.
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_limits, check_right_hand_side, check_start, check_together
+from secondorder.solvers._checks import (
+    check_count,
+    check_limits,
+    check_right_hand_side,
+    check_start,
+    check_together,
+)
 from secondorder.solvers._result import SolveResult, by_columns
-from secondorder.solvers._scale import check_range, rescaled
+from secondorder.solvers._scale import check_range, check_size, rescaled_late
+from secondorder.vectors.host import read
 
 
 @by_columns
-@rescaled
+@rescaled_late
 def lsmr(
     A: Any,
     b: Tensor,
@@ -27,6 +35,7 @@ def lsmr(
     damping: float = 0.0,
     rtol: float = 1e-6,
     max_iter: int | None = None,
+    check_every: int = 1,
 ) -> SolveResult:
     """Minimise ``norm(A x - b)^2 + damping norm(x)^2``; the solution of least norm, from zero.
 
@@ -40,6 +49,8 @@ def lsmr(
         rtol: Stop when ``norm(r) <= rtol * norm(b)`` or when ``A^T r - damping x`` is within ``rtol`` of
             zero, relative to ``norm(A) * norm(r)``. Dimensionless.
         max_iter: Number of iterations allowed; ``10 * min(m, n)`` when None.
+        check_every: Iterations between two host reads. Those that turn out to be past the end are thrown
+            away: results are the same, bit for bit, for up to ``2 check_every - 2`` products more.
 
     Returns:
         ``SolveResult`` with ``status`` "converged" (the system is solved), "least_squares", "max_iter",
@@ -50,8 +61,9 @@ def lsmr(
         TypeError: ``b`` is not a floating-point tensor, or ``A`` has another dtype or no transpose.
         ValueError: shapes do not fit; ``damping`` or a tolerance is negative.
 
-    Cost: one product with ``A``, one with ``A.T`` and two host reads an iteration; vectors of storage:
-        three of length n, one of length m.
+    Cost: one product with ``A`` and one with ``A.T`` an iteration; vectors of storage: three of length n and
+    one for each of ``check_every``, one of length m. Host reads: one for ``check_every`` iterations, and one
+    at the end; 12 launches an iteration, 16 with ``damping``.
 
     Example:
         >>> A = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -61,9 +73,10 @@ def lsmr(
     n = _check(A, b, damping)
     check_start(x0, b, n)
     check_limits(rtol, 0.0, max_iter)
+    check_count("check_every", check_every, 1)
     limit = 10 * min(n, b.numel()) if max_iter is None else max_iter
-    run = _Bidiagonalisation(A, b, b.new_zeros(n) if x0 is None else x0.to(b), math.sqrt(damping))
-    tolerance, goal = rtol * float(b.norm()), rtol
+    run = _Bidiagonalisation(A, b, x0, math.sqrt(damping), (check_every, limit))
+    tolerance, goal = rtol * run.b_norm, rtol
     while True:
         stopped_by = _iterate(run, tolerance * goal / rtol if rtol else 0.0, goal, limit)
         residual_norm, gradient_norm, full_norm, quadratic = run.measure()
@@ -116,9 +129,11 @@ class _Bidiagonalisation:
     stacked system.
     """
 
-    def __init__(self, A: Any, b: Tensor, x0: Tensor, shift: float) -> None:
-        self._A, self._b, self._shift = A, b, shift
-        self.x, self.iteration, self.products, self.norm = x0, 0, 0, 0.0
+    def __init__(self, A: Any, b: Tensor, x0: Tensor | None, shift: float, ahead: tuple[int, int]) -> None:
+        """``ahead``: iterations between two reads, and those allowed."""
+        self._A, self._b, self._x0, self._shift, self._ahead = A, b, x0, shift, ahead
+        self.x = b.new_zeros(A.shape[1]) if x0 is None else x0.to(b)
+        self.iteration, self.products, self.norm = 0, 0, 0.0
         self.start()
 
     def _forward(self, v: Tensor) -> Tensor:
@@ -134,13 +149,27 @@ class _Bidiagonalisation:
 
     def start(self) -> None:
         """Begin at the present ``x``."""
-        is_zero = self.iteration == 0 and not bool(self.x.any())
+        is_first = self.iteration == 0
         target = torch.cat([self._b, self.x.new_zeros(self.x.shape)]) if self._shift else self._b
-        residual = target if is_zero else target - self._forward(self.x)
-        beta, self._u = _normalised(residual)
-        self._alpha, self._v = _normalised(self._backward(self._u))
-        if self.iteration == 0 and beta > 0:
-            check_range(self._A, self.products, self.x.dtype, max(self._alpha, self._shift))
+        residual = target if is_first and self._x0 is None else target - self._forward(self.x)
+        beta, u = _normalised(residual)
+        alpha, self._v = _normalised(self._backward(u))
+        self._front = u, self._v, alpha
+        self._made: deque[tuple[Tensor, float, float]] = deque()
+        first = [beta, alpha]
+        if is_first:
+            largest = self._b.abs().max() if self._b.numel() else self._b.new_zeros(())
+            first += [largest, self._b.norm()]
+        beta_read, self._alpha, *sizes = self._run(first)
+        if sizes:
+            largest_read, self.b_norm = sizes
+            check_size(largest_read, self.x.dtype, self.products, self._x0)
+            if beta_read > 0:
+                check_range(self._A, self.products, self.x.dtype, max(self._alpha, self._shift))
+        self._begin(beta_read)
+
+    def _begin(self, beta: float) -> None:
+        """The numbers of the recurrence, for a first residual of this norm."""
         self._alpha_bar, self._zeta_bar = self._alpha, self._alpha * beta
         self._rho = self._rho_bar = self._c_bar = 1.0
         self._s_bar = self._zeta = 0.0
@@ -150,10 +179,33 @@ class _Bidiagonalisation:
         self._tau_tilde = self._theta_tilde = 0.0
         self.residual_norm, self.gradient_norm = beta, abs(self._zeta_bar)
 
+    def _run(self, first: list[Tensor]) -> list[float]:
+        """Bidiagonalise ahead of what the host knows, and read the numbers together with ``first``."""
+        vectors, numbers = [], list(first)
+        check_every, limit = self._ahead
+        for _ in range(min(check_every, limit - self.iteration)):
+            u, v, alpha = self._front
+            u = self._forward(v) - alpha * u
+            beta = u.norm()
+            # Where it is zero the numbers end the iteration, and no vector is used.
+            u = u / beta
+            v = self._backward(u) - beta * v
+            alpha = v.norm()
+            v = v / alpha
+            self._front = u, v, alpha
+            vectors.append(v)
+            numbers += [beta, alpha]
+        known = read(*numbers)
+        pairs = zip(known[len(first) :: 2], known[len(first) + 1 :: 2], strict=True)
+        self._made.extend((v, *pair) for v, pair in zip(vectors, pairs, strict=True))
+        return known[: len(first)]
+
     def advance(self) -> None:
         """One step: a product with ``A``, one with its transpose."""
-        beta, self._u = _normalised(self._forward(self._v) - self._alpha * self._u)
-        alpha, v = _normalised(self._backward(self._u) - beta * self._v)
+        if not self._made:
+            self._run([])
+        v, beta, alpha = self._made.popleft()
+        alpha = alpha if beta else 0.0
         self.norm = max(self.norm, math.hypot(self._alpha, beta))
         rho_old, rho_bar_old, zeta_old = self._rho, self._rho_bar, self._zeta
         self._rho, c, s = _rotation(self._alpha_bar, beta)
@@ -164,11 +216,12 @@ class _Bidiagonalisation:
         self._c_bar = c_bar
         self._zeta, self._zeta_bar = c_bar * self._zeta_bar, -self._s_bar * self._zeta_bar
         factor = theta_bar * self._rho / (rho_old * rho_bar_old) if rho_old * rho_bar_old else 0.0
-        self._h_bar = self._h - factor * self._h_bar
+        # Each in one pass, and one rounding.
+        self._h_bar = torch.sub(self._h, self._h_bar, alpha=factor)
         scale = self._rho * self._rho_bar
-        self.x = self.x + (self._zeta / scale if scale else 0.0) * self._h_bar
-        self._h = v - (theta / self._rho if self._rho else 0.0) * self._h
-        self._alpha, self._v = alpha, v
+        self.x = torch.add(self.x, self._h_bar, alpha=self._zeta / scale if scale else 0.0)
+        self._h = torch.sub(v, self._h, alpha=theta / self._rho if self._rho else 0.0)
+        self._alpha = alpha
         self.iteration += 1
         self._update_norms(c, s, theta_bar, zeta_old)
 
@@ -192,18 +245,15 @@ class _Bidiagonalisation:
         residual[:m] += self._b
         gradient = self._backward(residual)
         Ax = product[:m]
-        return (
-            float(residual[:m].norm()),
-            float(gradient.norm()),
-            float(residual.norm()),
-            float(Ax.dot(Ax)),
-        )
+        numbers = read(residual[:m].norm(), gradient.norm(), residual.norm(), Ax.dot(Ax))
+        residual_norm, gradient_norm, full_norm, quadratic = numbers
+        return residual_norm, gradient_norm, full_norm, quadratic
 
 
-def _normalised(vector: Tensor) -> tuple[float, Tensor]:
+def _normalised(vector: Tensor) -> tuple[Tensor, Tensor]:
     """The norm, and the vector of norm one; a zero vector stays."""
-    norm = float(vector.norm())
-    return norm, vector / norm if norm > 0 else vector
+    norm = vector.norm()
+    return norm, vector / norm.clamp(min=torch.finfo(vector.dtype).tiny)
 
 
 def _rotation(a: float, b: float) -> tuple[float, float, float]:

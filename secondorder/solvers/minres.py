@@ -8,14 +8,16 @@ guarantees, lemma 3.1.
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from secondorder.solvers._checks import check_iteration
+from secondorder.solvers._checks import check_count, check_iteration
 from secondorder.solvers._result import SolveResult, by_columns
-from secondorder.solvers._scale import check_range, rescaled
+from secondorder.solvers._scale import check_range, check_size, rescaled_late
+from secondorder.vectors.host import read
 
 # A residual that seems to be the least one must have become this much less after as many iterations again;
 # and this much where the solution is so long that its rounding is more than the residual: where a system is
@@ -26,7 +28,7 @@ FIRST_CHECK = 16
 
 
 @by_columns
-@rescaled
+@rescaled_late
 def minres(
     A: Any,
     b: Tensor,
@@ -37,6 +39,7 @@ def minres(
     atol: float = 0.0,
     max_iter: int | None = None,
     stop_at_negative_curvature: bool = False,
+    check_every: int = 1,
 ) -> SolveResult:
     """Solve ``A x = b`` for a symmetric ``A``, definite or not.
 
@@ -56,6 +59,8 @@ def minres(
         max_iter: Number of iterations allowed; ``10 * n`` when None.
         stop_at_negative_curvature: Stop where curvature is nonpositive first, with the iterate before it,
             instead of going on to the solution.
+        check_every: Iterations between two host reads. Those that turn out to be past the end are thrown
+            away: results are the same, bit for bit, for up to ``check_every - 1`` products more.
 
     Returns:
         ``SolveResult`` with ``status`` "converged", "least_squares" (inconsistent system), "max_iter",
@@ -68,9 +73,11 @@ def minres(
         ValueError: shapes do not fit; ``A`` is not symmetric; a tolerance is negative; ``M`` is not positive
             definite.
 
-    Cost: one product with ``A``, one with ``M`` and two host reads an iteration, nine vectors of storage,
-    three of them in double precision; a product after 16, 32, 64, ... iterations and at the end, and one at
-    the start when ``x0`` is given. Where the least residual seems to be reached, as many iterations again.
+    Cost: one product with ``A`` and one with ``M`` an iteration, eight vectors of storage, three of them in
+    double precision, and two for each of ``check_every``; a product after 16, 32, 64, ... iterations and at
+    the end, and one at the start when ``x0`` is given. Where the least residual seems to be reached, as many
+    iterations again. Host reads: one for ``check_every`` iterations, and one for each of those products;
+    15 launches an iteration, 16 with ``M``.
 
     Example:
         >>> A = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -78,9 +85,10 @@ def minres(
         tensor([2., 1.])
     """
     check_iteration(A, b, x0, M, (rtol, atol, max_iter))
+    check_count("check_every", check_every, 1)
     limit = 10 * b.numel() if max_iter is None else max_iter
-    tolerance = max(rtol * float(b.norm()), atol)
-    return _solve(_Recurrence(_System(A, b, M), x0), tolerance, limit, stop_at_negative_curvature)
+    run = _Recurrence(_System(A, b, M), x0, (check_every, limit))
+    return _solve(run, max(rtol * run.b_norm, atol), limit, stop_at_negative_curvature)
 
 
 def _solve(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curvature: bool) -> SolveResult:
@@ -122,7 +130,7 @@ def _solve(run: _Recurrence, tolerance: float, limit: int, stop_at_negative_curv
         if not best.norm < 0.5 * last_start.norm:
             return _result(run, best, here, "stagnated")
         last_start, check_at, goal = best, run.iteration + FIRST_CHECK, tolerance
-        run.start(best)
+        run.start(best, [])
 
 
 def _result(run: _Recurrence, best: _Verified, last: _Verified, status: str) -> SolveResult:
@@ -165,58 +173,84 @@ class _Recurrence:
     ``gamma`` the diagonal, ``delta`` the off-diagonal of the triangular factor.
     """
 
-    def __init__(self, system: _System, x0: Tensor | None) -> None:
-        self.system = system
+    def __init__(self, system: _System, x0: Tensor | None, ahead: tuple[int, int]) -> None:
+        """``ahead``: iterations between two reads, and those allowed."""
+        self.system, self._ahead = system, ahead
         self.iteration = 0
         # Where the residual seemed to be the least one, and the iteration goes on to see.
         self.doubted: _Verified | None = None
         self.nonpositive: Tensor | None = None
-        self.first = system.start(x0)
-        self.start(self.first)
+        b = system.b
+        largest = b.abs().max() if b.numel() else b.new_zeros(())
+        zero = _Verified(b.new_zeros(b.shape), b, 0.0, 0.0, 0.0, 0.0)
+        point = zero if x0 is None else system.measure(x0)
+        largest_read, self.b_norm = self.start(point, [largest, b.norm()])
+        check_size(largest_read, b.dtype, system.products, x0)
+        self._check_start()
+        self.first = point if x0 is not None else point._replace(norm=self.b_norm)
 
-    def start(self, point: _Verified) -> None:
-        """Begin a Krylov space at the residual of a point."""
+    def start(self, point: _Verified, first: list[Tensor]) -> list[float]:
+        """Begin a Krylov space at the residual of a point; read ``first`` meanwhile."""
         self.x, residual = self.system.widened(point.x), point.residual
-        self._r, self._r_old = residual, torch.zeros_like(residual)
-        self._y = self.system.precondition(residual)
-        squared, norm = torch.stack([residual.dot(self._y), residual.norm()]).tolist()
-        self.beta, self._beta_old = self._root(squared), 1.0
-        self.phi = self.beta
+        y = self.system.precondition(residual)
+        squared = residual.dot(y)
+        beta = squared.sqrt()
+        self._front = _Lanczos(residual, torch.zeros_like(residual), y, beta, torch.ones_like(beta))
+        self._made: deque[tuple[Tensor, Tensor, list[float]]] = deque()
+        self._squared, beta_read, norm, *rest = self._run([squared, beta, residual.norm(), *first])
+        self.beta = self.phi = beta_read
+        self._is_zero = norm == 0
         # From the norm of the residual to the norm in which phi is measured.
         self.scale = self.beta / norm if norm > 0 else 1.0
+        self._cs, self._sn, self._dbar, self._epsilon = -1.0, 0.0, 0.0, 0.0
+        # Times their gamma.
+        self._w = self._w_old = torch.zeros_like(self.x)
+        self._gamma = self._gamma_old = 1.0
+        # The present residual, times M.
+        self.residual_direction = y
+        self._norm = 0.0
+        if self.iteration:
+            self._check_start()
+        return rest
+
+    def _check_start(self) -> None:
         if self.iteration == 0:
             self.system.check_range(self.scale)
-        self._root(squared, is_zero=norm == 0)
-        self._cs, self._sn, self._dbar, self._epsilon = -1.0, 0.0, 0.0, 0.0
-        self._w = self._w_old = torch.zeros_like(self.x)
-        # The present residual, times M.
-        self.residual_direction = self._y
-        self._norm = 0.0
+        self._check_square(self._squared, self._is_zero)
 
-    def _root(self, squared: float, is_zero: bool = True) -> float:
+    def _check_square(self, squared: float, is_zero: bool = True) -> None:
         if squared < 0 or (squared == 0 and not is_zero):
             raise ValueError(
                 f"M must be symmetric positive definite, got r^T M r = {squared:.3g}"
                 f" in iteration {self.iteration}."
             )
-        return math.sqrt(squared) if squared >= 0 else math.nan
+
+    def _run(self, first: list[Tensor]) -> list[float]:
+        """Lanczos steps ahead of what the host knows; their numbers are read together with ``first``."""
+        check_every, limit = self._ahead
+        made, numbers = [], list(first)
+        for _ in range(min(check_every, limit - self.iteration)):
+            v, self._front, row = self._front.stepped(self.system)
+            made.append((v, self._front.y))
+            numbers += row
+        known = read(*numbers)
+        rest, width = known[len(first) :], len(numbers[len(first) :]) // max(len(made), 1)
+        self._made.extend((v, y, rest[i * width : (i + 1) * width]) for i, (v, y) in enumerate(made))
+        return known[: len(first)]
 
     def extend(self) -> None:
         """One Lanczos step: one product, and the entries of the next column of the triangular factor."""
-        self._v = self._y / self.beta
-        y = Av = self.system.multiply(self._v)
-        y = y - (self.beta / self._beta_old) * self._r_old
-        alpha = self._v.dot(y)
-        y = y - (alpha / self.beta) * self._r
-        self._r_old, self._r = self._r, y
-        self._y = self.system.precondition(y)
-        numbers = torch.stack([alpha, y.dot(self._y), Av.norm(), self._v.norm()])
-        self.alpha, squared, length, own_length = numbers.tolist()
+        if not self._made:
+            self._run([])
+        self._v, self._y, (self.alpha, squared, beta, length, *own) = self._made.popleft()
+        # Without M the vectors are of length one.
+        own_length = own[0] if own else 1.0
         size = length / own_length if own_length > 0 else 0.0
         if self.iteration == 0:
             self.system.check_range(size)
         self.system.size = max(self.system.size, size)
-        self._beta_old, self.beta = self.beta, self._root(squared)
+        self._check_square(squared)
+        self.beta = beta
         self._norm = max(self._norm, math.hypot(self.alpha, self.beta))
         self.delta = self._cs * self._dbar + self._sn * self.alpha
         self.gamma_bar = self._sn * self._dbar - self._cs * self.alpha
@@ -239,8 +273,7 @@ class _Recurrence:
 
     def agrees(self, point: _Verified) -> bool:
         """Whether the true residual is the recurrence's, to a tenth."""
-        z = self.system.precondition(point.residual)
-        return float(point.residual.dot(z).clamp(min=0).sqrt()) <= 1.1 * self.phi
+        return math.sqrt(max(point.squared, 0.0)) <= 1.1 * self.phi
 
     def doubt(self, best: _Verified) -> None:
         """Go on where a residual seems to be the least one: or the system is ill-conditioned."""
@@ -251,24 +284,53 @@ class _Recurrence:
         """Rotate, and step to the iterate of least residual."""
         gamma = max(math.hypot(self.gamma_bar, self.beta), self.system.eps * self._norm)
         cs, sn = self.gamma_bar / gamma, self.beta / gamma
-        w = (self._v - self._epsilon * self._w_old - self.delta * self._w) / gamma
-        self.x = self.x + (cs * self.phi) * w
+        # Each sum in one pass, and one rounding.
+        w = torch.sub(self._v, self._w_old, alpha=self._epsilon / self._gamma_old)
+        w = torch.sub(w, self._w, alpha=self.delta / self._gamma)
+        self.x = torch.add(self.x, w, alpha=cs * self.phi / gamma)
         # r_k = sn^2 r_{k-1} - phi_k cs v_{k+1} (Choi, Paige and Saunders 2011, lemma 3.3).
-        self.residual_direction = (sn * sn) * self.residual_direction - (cs * self.phi / gamma) * self._y
+        kept = (sn * sn) * self.residual_direction
+        self.residual_direction = torch.sub(kept, self._y, alpha=cs * self.phi / gamma)
         self._epsilon, self._dbar = self._sn * self.beta, self._next_dbar
         self.phi *= sn
         self._w_old, self._w = self._w, w
+        self._gamma_old, self._gamma = self._gamma, gamma
         self._cs, self._sn = cs, sn
         self.iteration += 1
 
 
+class _Lanczos(NamedTuple):
+    """The three-term recurrence, all of it on the device; ``y`` is ``M r``, of norm ``beta`` in that of M."""
+
+    r: Tensor
+    r_old: Tensor
+    y: Tensor
+    beta: Tensor
+    beta_old: Tensor
+
+    def stepped(self, system: _System) -> tuple[Tensor, _Lanczos, list[Tensor]]:
+        """The vector that was multiplied, the next state, and the numbers of the step."""
+        v = self.y / self.beta
+        Av = system.multiply(v)
+        y = torch.addcmul(Av, self.r_old, self.beta / self.beta_old, value=-1)
+        alpha = v.dot(y)
+        r = torch.addcmul(y, self.r, alpha / self.beta, value=-1)
+        y = system.precondition(r)
+        squared = r.dot(y)
+        beta = squared.sqrt()
+        numbers = [alpha, squared, beta, Av.norm()] + ([] if system.M is None else [v.norm()])
+        return v, _Lanczos(r, self.r, y, beta, self.beta), numbers
+
+
 class _Verified(NamedTuple):
-    """An iterate with its true residual."""
+    """An iterate with its true residual: that, its norm, its square in the norm of M, and that of x."""
 
     x: Tensor
     residual: Tensor
     norm: float
     quadratic: float
+    squared: float
+    length: float
 
 
 class _System:
@@ -280,7 +342,7 @@ class _System:
     """
 
     def __init__(self, A: Any, b: Tensor, M: Any) -> None:
-        self._A, self._b, self.M = A, b, M
+        self._A, self.b, self.M = A, b, M
         self.products, self.size = 0, 0.0
         self.eps = torch.finfo(b.dtype).eps
 
@@ -304,21 +366,16 @@ class _System:
 
     def check_range(self, size: float) -> None:
         """Raise where a number of this size leaves the range of the dtype."""
-        check_range(self._A, self.products, self._b.dtype, size)
-
-    def start(self, x0: Tensor | None) -> _Verified:
-        """The first point: one product, none at zero."""
-        if x0 is not None:
-            return self.measure(x0)
-        return _Verified(self._b.new_zeros(self._b.shape), self._b, float(self._b.norm()), 0.0)
+        check_range(self._A, self.products, self.b.dtype, size)
 
     def measure(self, x: Tensor) -> _Verified:
         """An iterate with its true residual: one product."""
-        x = x.to(self._b)
+        x = x.to(self.b)
         Ax = self.multiply(x)
-        residual = self._b - Ax
-        norm, quadratic = torch.stack([residual.norm(), x.dot(Ax)]).tolist()
-        return _Verified(x, residual, norm, quadratic)
+        residual = self.b - Ax
+        squared = residual.dot(self.precondition(residual))
+        numbers = [residual.norm(), x.dot(Ax), squared, x.norm()]
+        return _Verified(x, residual, *read(*numbers))
 
     def is_stationary_at(self, point: _Verified) -> bool:
         """Whether ``norm(A r)`` is small as in ``_Recurrence.is_stationary``, but with the true residual.
@@ -326,11 +383,11 @@ class _System:
         Ten times as loose, in the Euclidean norm: one product.
         """
         limit = 10 * math.sqrt(self.eps) * self.size * point.norm
-        return float(self.multiply(point.residual).norm()) <= limit
+        return read(self.multiply(point.residual).norm())[0] <= limit
 
     def is_at_rounding(self, point: _Verified, times: float = 10) -> bool:
         """Whether the residual is that of a solution which is exact but for so many times its rounding."""
-        return point.norm <= times * self.eps * self.size * float(point.x.norm())
+        return point.norm <= times * self.eps * self.size * point.length
 
     def is_better(self, point: _Verified, other: _Verified) -> bool:
         """Whether the residual is less to a degree that says that there is no least one yet."""

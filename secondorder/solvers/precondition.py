@@ -202,6 +202,7 @@ def nystrom(
     Y = multiply(A, omega)
     shift = torch.finfo(Y.dtype).eps * Y.norm()
     shifted = Y + shift * omega
+    # waits: once
     vectors, roots, _ = torch.linalg.svd(_root(omega.T @ shifted, shifted), full_matrices=False)
     values = (roots.square() - shift).clamp(min=0)
     _check_sketch(values, damping)
@@ -214,7 +215,7 @@ def _root(core: Tensor, sketch: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(core)
     if int(info) == 0:
         return torch.linalg.solve_triangular(factor, sketch.T, upper=False).T
-    values, vectors = torch.linalg.eigh(core)
+    values, vectors = torch.linalg.eigh(core)  # waits: once
     floor = len(values) * torch.finfo(values.dtype).eps * values.abs().amax()
     is_kept = values > floor
     return (sketch @ vectors) * torch.where(is_kept, torch.where(is_kept, values, 1.0).rsqrt(), 0.0)

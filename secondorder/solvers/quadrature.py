@@ -143,7 +143,7 @@ def decomposed(A: Any, like: Tensor) -> SpectralDensity:
     """The distribution from the eigenvalues themselves."""
     matrix = dense(A, like)
     check_finite(matrix)
-    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)  # waits: once
     products = 0 if isinstance(A, Tensor) else len(values)
     weights = torch.full_like(values, 1 / max(len(values), 1))
     return SpectralDensity(values[None], weights[None], products, is_exact=True)
@@ -193,5 +193,5 @@ def gauss(diagonals: Tensor, offdiagonals: Tensor) -> tuple[Tensor, Tensor]:
     matrices = torch.diag_embed(diagonals)
     if offdiagonals.shape[1]:
         matrices = matrices + torch.diag_embed(offdiagonals, 1) + torch.diag_embed(offdiagonals, -1)
-    nodes, vectors = torch.linalg.eigh(matrices)
+    nodes, vectors = torch.linalg.eigh(matrices)  # waits: once, for all
     return nodes, vectors[:, 0].square()

@@ -142,7 +142,7 @@ def left_out_directions(R: Tensor) -> Tensor:
     Where ``R`` is singular, as for an operator of lower rank, its small singular values are raised to
     rounding: the others then span the range without it, and any direction in the null space is right.
     """
-    U, values, Vh = torch.linalg.svd(R)
+    U, values, Vh = torch.linalg.svd(R)  # waits: once
     floor = values[:1] * len(values) * torch.finfo(R.dtype).eps + torch.finfo(R.dtype).tiny
     # Only their ratios matter; scaled, they cannot overflow.
     inverse = values.clamp(min=floor).reciprocal() * floor

@@ -17,6 +17,7 @@ from secondorder.solvers._checks import check_radius
 from secondorder.solvers._result import SolveResult, by_columns
 from secondorder.solvers._scale import rescaled
 from secondorder.solvers.direct import Spectrum, eigen_of
+from secondorder.vectors.host import fetched, read
 
 # The root is found to rounding, in float64: it costs a few passes over the eigenvalues.
 LENGTH_TOLERANCE = 1e-12
@@ -67,13 +68,13 @@ def trust_region(A: Any, b: Tensor, radius: float) -> SolveResult:
 def _solve(matrix: Tensor, b: Tensor, *, eigen: Spectrum, radius: float) -> SolveResult:
     along = eigen.vectors.T @ b
     # The root is scalar work: on the host, in float64, whatever the device.
-    values, target = eigen.values.double().cpu(), along.double().cpu()
+    values, target = fetched(eigen.values.double()), fetched(along.double())
     coordinates, shift, status, iterations = minimise_diagonal(
         values, target, radius, eigen.rounding, b.dtype
     )
     x = within(eigen.vectors @ coordinates.to(b), radius)
     Ax = matrix @ x
-    residual_norm = float((b - Ax - shift * x).norm())
+    residual_norm, quadratic = read((b - Ax - shift * x).norm(), x.dot(Ax))
     lowest_is_negative = values.numel() > 0 and float(values[0]) < -eigen.rounding
     if not math.isfinite(residual_norm):
         status = "non_finite"
@@ -82,7 +83,7 @@ def _solve(matrix: Tensor, b: Tensor, *, eigen: Spectrum, radius: float) -> Solv
         status,
         iterations,
         residual_norm,
-        float(x.dot(Ax)),
+        quadratic,
         products=0,
         direction=eigen.vectors[:, 0] if lowest_is_negative else None,
         shift=shift,
@@ -91,11 +92,12 @@ def _solve(matrix: Tensor, b: Tensor, *, eigen: Spectrum, radius: float) -> Solv
 
 def within(x: Tensor, radius: float) -> Tensor:
     """``x``, shortened where rounding made it longer than ``radius``."""
-    largest = float(x.abs().max()) if x.numel() else 0.0
-    if not 0 < largest < math.inf:
-        return x
+    largest = x.abs().max() if x.numel() else x.new_zeros(())
     # The square may leave the range.
-    length = largest * float((x / largest).norm())
+    size, part = read(largest, (x / largest).norm())
+    if not 0 < size < math.inf:
+        return x
+    length = size * part
     return x if length <= radius else x * (radius / length)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secondorder.vectors.host import is_true, read
+
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate ``tensors`` in order into one vector of shape ``(n,)``; a copy."""
@@ -22,7 +24,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 def is_finite(vector: Tensor) -> bool:
     """Whether no entry is NaN or infinite: one host read, no new memory."""
     # The sum of finite numbers may be infinite.
-    return math.isfinite(float(vector.sum())) or bool(vector.isfinite().all())
+    return math.isfinite(read(vector.sum())[0]) or is_true(vector.isfinite().all())
 
 
 class Layout:

@@ -184,7 +184,12 @@ def test_what_the_user_had_switched_off_stays_off():
             with decompose():
                 inside = settings()
                 wait()
-            assert inside == {**before, **dict.fromkeys(KERNELS, False), "math": True}
+            assert inside == {
+                **before,
+                **dict.fromkeys(KERNELS, False),
+                "math": True,
+                "stance": "force_eager",
+            }
 
         Relay([look] * THREADS).run()
         assert settings() == before

@@ -112,7 +112,7 @@ class TestWeightDecay:
     def test_a_number_or_a_diagonal(self):
         a, b = torch.ones(2, requires_grad=True), torch.full((1,), 2.0, requires_grad=True)
         decay = WeightDecay.of([{"params": [a], "weight_decay": 0.5}, {"params": [b], "weight_decay": 1.0}])
-        assert decay.value() == 0.5 * 0.5 * 2 + 0.5 * 4
+        assert float(decay.value()) == 0.5 * 0.5 * 2 + 0.5 * 4
         assert decay.gradient(a).tolist() == [0.5, 0.5, 2.0]
         assert decay.diagonal(a.detach()).tolist() == [0.5, 0.5, 1.0]
         assert not WeightDecay.of([{"params": [a], "weight_decay": 0.0}])

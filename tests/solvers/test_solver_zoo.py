@@ -355,7 +355,8 @@ def test_small_right_hand_sides_do_not_underflow(name, dtype, size):
 
 def test_overflow_is_not_convergence():
     result = block_cg(torch.eye(3), torch.full((3, 1), 1e20))
-    assert (result.status, result.x[0, 0]) == ("converged", 1e20)
+    assert result.status == "converged"
+    assert float(result.x[0, 0]) == pytest.approx(1e20, rel=1e-6)
     result = block_cg(1e-25 * torch.eye(3), torch.full((3, 1), 1e20))
     assert result.status == "non_finite"
 

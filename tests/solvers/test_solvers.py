@@ -354,10 +354,10 @@ def test_a_step_to_the_boundary_of_a_large_ball_does_not_cancel():
 
 def test_block_tolerance_is_the_larger_of_the_two():
     A, B = zoo.spd_matrix(30, 1e3, 1), torch.stack([zoo.vector(30, 2), 1e-3 * zoo.vector(30, 3)], dim=1)
-    result = block_cg(A, B, rtol=1e-2, atol=0.05)
+    result = block_cg(A, B, rtol=1e-2, atol=0.5)
     tight = block_cg(A, B, rtol=1e-9)
     assert result.iterations < tight.iterations
-    limits = (1e-2 * B.norm(dim=0)).clamp(min=0.05)
+    limits = (1e-2 * B.norm(dim=0)).clamp(min=0.5)
     assert all(c.residual_norm <= limit for c, limit in zip(result.columns, limits.tolist(), strict=True))
     # The small column meets the absolute one at once.
     assert result.columns[1].residual_norm > 1e-2 * float(B[:, 1].norm())

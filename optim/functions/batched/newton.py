@@ -303,7 +303,7 @@ class _Run:
         at = self._at
         units = at.units[index]
         scaled = at.hessian[index] / units.unsqueeze(1) / units.unsqueeze(2)
-        values, vectors = torch.linalg.eigh(scaled)
+        values, vectors = torch.linalg.eigh(scaled)  # waits: once a step, for those that are not convex
         lowest = vectors[:, :, 0] / units
         size = values.abs().amax(1)
         is_flat = (values[:, 0] >= -(self._eps**0.5) * size) & (
