@@ -63,6 +63,8 @@ ORDER = [
     "secondorder.influence.edits",
     "secondorder.influence.refit",
     "secondorder.influence.orders",
+    "secondorder.influence.storage",
+    "secondorder.influence.table",
     "secondorder.influence.trust",
     "secondorder.influence.leave_one_out",
     "secondorder.influence.influence",

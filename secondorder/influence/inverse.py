@@ -57,6 +57,7 @@ class Inverse:
         operator: ``B``.
         damping: As used.
         solver: As used.
+        rtol: As given.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Inverse:
         rtol: float,
         count: int,
     ) -> None:
-        self._objective, self._rtol = objective, rtol
+        self._objective, self.rtol = objective, rtol
         self.operator = operator_of(objective, curvature, count)
         self.damping = damping or 0.0
         self._factor: Tensor | None = None
@@ -126,10 +127,10 @@ class Inverse:
             return Solved(x.to(B), "converged", _relative(b - A.T @ (A @ x) - self._shift * x, b))
         operator = self.operator + self.damping
         solve = minres if self.solver == "minres" else block_cg
-        found = solve(operator, B, rtol=self._rtol)
+        found = solve(operator, B, rtol=self.rtol)
         if found.status in ("negative_curvature", "singular"):
             # The damping that was asked for leaves the matrix indefinite.
-            found = minres(operator, B, rtol=self._rtol)
+            found = minres(operator, B, rtol=self.rtol)
             found = found._replace(
                 status="negative_curvature" if found.status == "converged" else found.status
             )
