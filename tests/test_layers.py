@@ -56,6 +56,8 @@ ORDER = [
     "secondorder.data.objective",
     "secondorder.influence",
     "secondorder.influence.samples",
+    "secondorder.influence.draws",
+    "secondorder.influence.ekfac",
     "secondorder.influence.inverse",
     "secondorder.influence.result",
     "secondorder.influence.base",

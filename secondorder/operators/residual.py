@@ -103,6 +103,11 @@ class SquareRoots:
         self._roots, self._outputs = roots, Layout(outputs)
         self._sizes = [root.roots.numel() for root in roots]
 
+    @property
+    def is_by_sample(self) -> bool:
+        """Whether the first dimension of the only tensor is in no block."""
+        return len(self._roots) == 1 and -len(self._roots[0].shape) not in self._roots[0].dims
+
     def transposed(self, Z: Tensor) -> Tensor:
         """``S^T`` times vectors in the space of outputs, as rows."""
         pairs = zip(self._roots, self._outputs.unflatten_rows(Z), strict=True)
@@ -191,6 +196,15 @@ class ResidualJacobian(LinearOperator):
     def weighted(self, z: Tensor) -> Tensor:
         """``S^T z``, shape (m,), for a vector in the space of outputs."""
         return self._roots.transposed(z.unsqueeze(0))[0]
+
+    def seeds(self, U: Tensor) -> Tensor:
+        """``S u``, in the space of outputs, flat, for the rows of ``U``, shape (k, m)."""
+        return self._roots.times(U)
+
+    @property
+    def is_by_sample(self) -> bool:
+        """Whether residuals lie in the order of samples, those of the first dimension of one output."""
+        return self._roots.is_by_sample
 
     def pulled(self, z: Tensor) -> Tensor:
         """``J^T z``, with scaled columns, shape (n,), for a vector in the space of outputs."""
