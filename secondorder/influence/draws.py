@@ -82,15 +82,15 @@ def _seeds(residual: ResidualJacobian, n: int, number: int) -> Iterator[Tensor]:
     m, like = residual.shape[0], residual.target
     own = m // n
     width = max(1, TOGETHER // n)
-    if own <= EXACT and residual.is_by_sample:
+    if own <= EXACT and residual.roots.is_by_sample:
         rows = torch.eye(own, dtype=like.dtype, device=like.device)
         for some in rows.split(width):
-            yield residual.seeds(some.unsqueeze(1).expand(-1, n, -1).reshape(len(some), m))
+            yield residual.roots.times(some.unsqueeze(1).expand(-1, n, -1).reshape(len(some), m))
         return
     generator = torch.Generator("cpu").manual_seed(number)
     signs = torch.randint(0, 2, (DRAWS, m), generator=generator).to(like) * 2 - 1
     for some in signs.split(width):
-        yield residual.seeds(some) / DRAWS**0.5
+        yield residual.roots.times(some) / DRAWS**0.5
 
 
 def _pieces(
