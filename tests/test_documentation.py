@@ -132,6 +132,19 @@ def test_ten_thousand_fits_example(tmp_path, capsys):
     assert "microseconds a fit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_influence_digits_example(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "influence_digits.py"))["main"]
+    plot = tmp_path / "influence.png"
+    result = main(["--count", "120", "--refits", "8", "--plot", str(plot)])
+    assert plot.stat().st_size > 10_000
+    assert result.status == "converged"
+    output = capsys.readouterr().out
+    errors = [float(line.split()[-1]) for line in output.splitlines() if "relative error" in line]
+    assert errors[1] < min(0.2, errors[0])
+    assert "flipped labels" in output
+
+
 def test_digits_example_refuses_an_unknown_optimizer():
     command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--optimizer", "sgd"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

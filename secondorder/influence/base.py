@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secondorder.data.batches import Batch, Batches
 from secondorder.data.objective import Objective
-from secondorder.influence.inverse import CURVATURES, SOLVERS, Inverse
+from secondorder.influence.inverse import CURVATURES, PRECONDITIONERS, SOLVERS, Inverse
 from secondorder.influence.samples import Samples, check_order, point_of
 from secondorder.operators.linear import LinearOperator
 
@@ -34,9 +34,16 @@ class Base:
     """
 
     def __init__(
-        self, objective: Objective, curvature: Any, damping: float | None, solver: str, rtol: float
+        self,
+        objective: Objective,
+        curvature: Any,
+        damping: float | None,
+        solver: str,
+        rtol: float,
+        preconditioner: str | None = None,
     ) -> None:
         _check(objective, curvature, damping, solver, rtol)
+        _check_preconditioner(preconditioner, solver, curvature)
         check_order(objective.data)
         self.objective, self.samples = objective, Samples(objective)
         value, self.gradient = objective.value_and_gradient()
@@ -49,7 +56,7 @@ class Base:
         self.share = 1.0 / self.count if objective.reduction == "mean" else 1.0
         self.point = point_of(objective.parameters)
         self.curvature = curvature if isinstance(curvature, str) else "operator"
-        self.inverse = Inverse(objective, curvature, damping, solver, rtol, self.count)
+        self.inverse = Inverse(objective, curvature, damping, solver, rtol, self.count, preconditioner)
         self.gradient_norm = float(self.gradient.norm())
         few = range(0, self.count, max(1, self.count // PROBED))
         batches = self.samples.pick(few).values()
@@ -123,3 +130,12 @@ def _check(objective: Any, curvature: Any, damping: Any, solver: Any, rtol: Any)
         raise ValueError(f"damping must be non-negative, got {damping}.")
     if not 0 < rtol < 1:
         raise ValueError(f"rtol must be between 0 and 1, got {rtol}.")
+
+
+def _check_preconditioner(preconditioner: Any, solver: str, curvature: Any) -> None:
+    if preconditioner not in PRECONDITIONERS:
+        raise ValueError(f"preconditioner must be 'ekfac' or None, got {preconditioner!r}.")
+    if preconditioner is not None and solver != "block_cg":
+        raise ValueError(f"preconditioner needs solver='block_cg', got {solver!r}.")
+    if solver == "ekfac" and curvature != "ggn":
+        raise ValueError(f"solver 'ekfac' approximates curvature='ggn', got {curvature!r}.")

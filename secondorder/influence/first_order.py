@@ -5,7 +5,8 @@ Reference: Koh and Liang (2017), Understanding black-box predictions via influen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +29,15 @@ class Tests:
         measure: Takes outputs and targets; the loss of each sample when None.
 
     Attributes:
+        batches: The samples.
         values: At the base point, shape (values,): one a sample, or one in all.
     """
 
     def __init__(self, base: Base, data: Any, measure: Measure | None) -> None:
         self._samples, self._measure = base.samples, measure
-        self._batches = base.batches(data)
+        self.batches = base.batches(data)
         if measure is not None:
-            self._batches = join(self._batches)
+            self.batches = join(self.batches)
         self.values = self.measured()
         if not bool(self.values.isfinite().all()):
             raise ValueError("test must give finite values of the measure, got NaN or infinity.")
@@ -43,20 +45,34 @@ class Tests:
     def measured(self) -> Tensor:
         """At the present parameters."""
         with torch.no_grad():
-            return torch.cat([self._samples.measured(batch, self._measure) for batch in self._batches])
+            return torch.cat([self._samples.measured(batch, self._measure) for batch in self.batches])
 
     def gradients(self) -> Tensor:
         """Of the values, shape (values, n)."""
-        return torch.cat([self._samples.gradients(b, self._measure) for b in self._pieces()])
+        return torch.cat(list(map(self._gradients, self.batches)))
 
-    def _pieces(self) -> Iterator[Batch]:
-        for batch in self._batches:
-            n = count_samples(batch)
-            if self._measure is None or len(self.values) < sum(map(count_samples, self._batches)):
-                yield batch
-            else:
-                cuts = (range(start, min(n, start + TOGETHER)) for start in range(0, n, TOGETHER))
-                yield from (take(batch, cut) for cut in cuts)
+    def blocks(self, width: int) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """At most so many values at once: their number, and what gives their gradients."""
+        for batch in self.batches:
+            for piece in self._cut(batch, width):
+                count = count_samples(piece) if self._is_by_sample else 1
+                yield count, functools.partial(self._gradients, piece)
+
+    @property
+    def _is_by_sample(self) -> bool:
+        return self._measure is None or len(self.values) == sum(map(count_samples, self.batches))
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        pieces = self._cut(batch, TOGETHER)
+        return torch.cat([self._samples.gradients(piece, self._measure) for piece in pieces])
+
+    def _cut(self, batch: Batch, width: int) -> Iterator[Batch]:
+        n = count_samples(batch)
+        if not self._is_by_sample:
+            yield batch
+            return
+        for start in range(0, n, width):
+            yield take(batch, range(start, min(n, start + width)))
 
 
 def chosen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,19 +12,18 @@ from torch import Tensor
 from secondorder.data.objective import Objective
 from secondorder.influence.base import Base
 from secondorder.influence.edits import Moved, Term, relabelling, removals
-from secondorder.influence.first_order import Tests, first_order, self_influence
+from secondorder.influence.first_order import Tests, self_influence
 from secondorder.influence.leave_one_out import LeaveOneOut, leave_one_out
 from secondorder.influence.orders import (
     Order,
-    changes,
     check_order_of,
     edited,
     move,
     perturbation,
-    result_of,
 )
 from secondorder.influence.result import InfluenceResult, Row
 from secondorder.influence.samples import Measure
+from secondorder.influence.table import Request, table
 from secondorder.influence.trust import Verification, to_verify, verified
 from secondorder.operators.linear import LinearOperator
 
@@ -45,8 +45,11 @@ class Influence:
             definite, else the least that lifts its lowest eigenvalue to ``sqrt(eps)`` of the largest.
         solver: "dense" (a factor), "dual" (a factor in the space of residuals), "block_cg", "minres"
             (indefinite matrices), or "auto": dense up to 3000 parameters, dual where there are fewer rows of
-            residuals, else block CG.
+            residuals, else block CG. "ekfac" is an approximation by name, by Kronecker factors of each layer
+            with corrected eigenvalues; its damping None is a tenth of the mean eigenvalue where there is no
+            L2 term.
         rtol: Of the iterative solvers.
+        preconditioner: Of "block_cg": "ekfac", or None.
 
     Raises:
         TypeError: ``objective`` is not one.
@@ -66,8 +69,9 @@ class Influence:
         damping: float | None = None,
         solver: str = "auto",
         rtol: float = 1e-3,
+        preconditioner: str | None = None,
     ) -> None:
-        self._base = Base(objective, curvature, damping, solver, rtol)
+        self._base = Base(objective, curvature, damping, solver, rtol, preconditioner)
 
     def scores(
         self,
@@ -78,6 +82,7 @@ class Influence:
         measure: Measure | None = None,
         steps: int = 0,
         top_k: int | None = None,
+        out: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> InfluenceResult:
         """Predicted changes when each training sample is removed, shape (tests, training samples).
@@ -90,6 +95,10 @@ class Influence:
                 the training loss of each when None.
             steps: Chord steps after the Newton step, halved until they reduce the gradient.
             top_k: Keep only so many scores of each test, the largest in magnitude.
+            out: Name of a ``.npy`` file that the scores go to, a block of tests after another (at other
+                orders than 1 a training sample after another), with a map of what is done beside it,
+                ``out + ".done"``. The same call goes on where one was stopped. The scores that are returned
+                are read from the file when they are used.
             progress: Show a progress bar.
 
         Returns:
@@ -98,22 +107,7 @@ class Influence:
         Cost: at order 1 one block of systems, and a derivative of the training outputs along the solutions;
         else a Newton step and a gradient over the data for each training sample, or a refit.
         """
-        base = self._base
-        check_order_of(base, order, steps)
-        if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
-            raise ValueError(f"top_k must be a positive integer, got {top_k!r}.")
-        indices = None if train is None else base.indices(train)
-        tests = Tests(base, test, measure)
-        if order == 1:
-            return first_order(base, tests, indices, top_k, progress)
-        names = base.indices(indices)
-        edits = removals(base, [[i] for i in names])
-        scores, found, solved = changes(base, edits, tests, order, steps=steps, progress=progress)
-        result = result_of(base, scores, torch.tensor(names, device="cpu"), order, found, solved)
-        if top_k is None:
-            return result
-        places = scores.abs().nan_to_num(-1).topk(min(top_k, len(names)), dim=1).indices
-        return result._replace(scores=scores.gather(1, places), train=result.train[places])
+        return table(self._base, test, train, Request(order, measure, steps, top_k, out, progress))
 
     def group(
         self,

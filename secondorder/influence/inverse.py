@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secondorder.data.batches import Batch, count_samples
 from secondorder.data.objective import Objective
+from secondorder.influence.ekfac import Ekfac
 from secondorder.influence.samples import Samples
 from secondorder.operators.curvature import GaussNewton
 from secondorder.operators.linear import LinearOperator
@@ -17,7 +18,8 @@ from secondorder.operators.residual import ResidualJacobian
 from secondorder.solvers import block_cg, eigsh, minres
 
 CURVATURES = ("ggn", "hessian", "fisher")
-SOLVERS = ("auto", "dense", "dual", "block_cg", "minres")
+SOLVERS = ("auto", "dense", "dual", "block_cg", "minres", "ekfac")
+PRECONDITIONERS = (None, "ekfac")
 # Rows of the largest matrix that is factorised: 3000^3 / 3 operations take about a second.
 DENSE_LIMIT = 3000
 # Samples whose graphs are kept between products: those of one batch by default.
@@ -50,13 +52,16 @@ class Inverse:
         curvature: "ggn", "hessian", "fisher", or an operator of shape (n, n).
         damping: Shift, loss over parameter squared. None: zero where the matrix is positive definite, else
             the least that lifts its lowest eigenvalue to ``sqrt(eps)`` of the largest.
-        solver: "dense", "dual", "block_cg", "minres", or "auto".
+        solver: "dense", "dual", "block_cg", "minres", "ekfac", or "auto".
         rtol: Of the iterative solvers.
+        count: Samples of the objective.
+        preconditioner: "ekfac", of "block_cg", or None.
 
     Attributes:
         operator: ``B``.
         damping: As used.
         solver: As used.
+        rtol: As given.
     """
 
     def __init__(
@@ -67,11 +72,13 @@ class Inverse:
         solver: str,
         rtol: float,
         count: int,
+        preconditioner: str | None = None,
     ) -> None:
-        self._objective, self._rtol = objective, rtol
+        self._objective, self.rtol = objective, rtol
         self.operator = operator_of(objective, curvature, count)
         self.damping = damping or 0.0
         self._factor: Tensor | None = None
+        self._ekfac: Any = None
         self._matrix: Tensor | None = None
         n, is_ggn = self.operator.shape[0], curvature == "ggn"
         shift = objective.l2 + self.damping
@@ -88,6 +95,9 @@ class Inverse:
             self.solver = "dense" if n <= DENSE_LIMIT else "dual" if residuals is not None else "block_cg"
         if self.solver == "dense":
             self._factorise(damping)
+        elif self.solver == "ekfac":
+            self._ekfac = self._approximation(count, None if damping is None and not objective.l2 else shift)
+            self.damping = self._ekfac.shift - objective.l2
         elif residuals is not None:
             self._shift, self._residuals = shift, residuals
             gram = residuals @ residuals.T
@@ -95,6 +105,12 @@ class Inverse:
             self._factor = torch.linalg.cholesky(gram)  # waits: once
         elif damping is None and not (curvature in ("ggn", "fisher") and objective.l2 > 0):
             self.damping = _lanczos_shift(self.operator)
+        if preconditioner is not None:
+            self._ekfac = self._approximation(count, objective.l2 + self.damping)
+
+    def _approximation(self, count: int, shift: float | None) -> Ekfac:
+        share = 1 / count if self._objective.reduction == "mean" else 1.0
+        return Ekfac(self._objective, share, shift)
 
     def _factorise(self, damping: float | None) -> None:
         """In double precision: a factor of single precision loses half of a score's digits."""
@@ -125,11 +141,16 @@ class Inverse:
             x = (b - A.T @ torch.cholesky_solve(A @ b, self._factor)) / self._shift
             return Solved(x.to(B), "converged", _relative(b - A.T @ (A @ x) - self._shift * x, b))
         operator = self.operator + self.damping
-        solve = minres if self.solver == "minres" else block_cg
-        found = solve(operator, B, rtol=self._rtol)
+        if self.solver == "ekfac":
+            x = self._ekfac @ B
+            return Solved(x, "approximate", _relative(B - operator @ x, B))
+        if self.solver == "minres":
+            found = minres(operator, B, rtol=self.rtol)
+        else:
+            found = block_cg(operator, B, M=self._ekfac, rtol=self.rtol)
         if found.status in ("negative_curvature", "singular"):
             # The damping that was asked for leaves the matrix indefinite.
-            found = minres(operator, B, rtol=self._rtol)
+            found = minres(operator, B, rtol=self.rtol)
             found = found._replace(
                 status="negative_curvature" if found.status == "converged" else found.status
             )

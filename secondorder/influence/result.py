@@ -12,6 +12,8 @@ from secondorder.solvers import STATUS_TEXT
 
 # Beside those of the solvers.
 TEXTS = {
+    "converged": STATUS_TEXT["converged"],
+    "approximate": "the inverse is an approximation by name; residual_norm says how far it is off",
     **STATUS_TEXT,
     "leverage": "without a sample the curvature is singular or indefinite: its leverage is 1 or more",
 }

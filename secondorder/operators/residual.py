@@ -105,6 +105,11 @@ class SquareRoots:
         self.roots, self._outputs = roots, Layout(outputs)
         self._sizes = [root.roots.numel() for root in roots]
 
+    @property
+    def is_by_sample(self) -> bool:
+        """Whether the first dimension of the only tensor is in no block."""
+        return len(self._roots) == 1 and -len(self._roots[0].shape) not in self._roots[0].dims
+
     def transposed(self, Z: Tensor) -> Tensor:
         """``S^T`` times vectors in the space of outputs, as rows."""
         pairs = zip(self.roots, self._outputs.unflatten_rows(Z), strict=True)
@@ -133,6 +138,7 @@ class ResidualJacobian(LinearOperator):
         memory: Bytes that the matrix, or its Gram matrix, may take with what makes it.
 
     Attributes:
+        roots: As given.
         target: ``c``, shape (m,): ``-A^T c`` is the gradient of the losses, as far as their Hessian reaches.
         rest: Minus the gradient with respect to the outputs where it does not, flat; None for none.
         is_none: Whether ``S`` is not what it should be: the losses are not convex.
@@ -153,7 +159,7 @@ class ResidualJacobian(LinearOperator):
     _matrix: Tensor | None = None
 
     def __init__(self, operator: GaussNewton, roots: SquareRoots, memory: float = 2.0**32) -> None:
-        self.jacobian, self._roots, self.memory = operator.jacobian, roots, memory
+        self.jacobian, self.roots, self.memory = operator.jacobian, roots, memory
         super().__init__(self.jacobian.shape, self.jacobian.dtype, self.jacobian.device)
         self.target, rest = roots.solved([-gradient for gradient in operator.output_gradients])
         # One read for all that the numbers say.
@@ -195,7 +201,7 @@ class ResidualJacobian(LinearOperator):
 
     def weighted(self, z: Tensor) -> Tensor:
         """``S^T z``, shape (m,), for a vector in the space of outputs."""
-        return self._roots.transposed(z.unsqueeze(0))[0]
+        return self.roots.transposed(z.unsqueeze(0))[0]
 
     def pulled(self, z: Tensor) -> Tensor:
         """``J^T z``, with scaled columns, shape (n,), for a vector in the space of outputs."""
@@ -205,7 +211,7 @@ class ResidualJacobian(LinearOperator):
         """The matrix, by ``rows``."""
         if self._matrix is None:
             found = rows(self.jacobian, memory=self.memory)
-            self.passes, self._matrix = found.passes, self._roots.transposed(found.matrix.T).T
+            self.passes, self._matrix = found.passes, self.roots.transposed(found.matrix.T).T
         return (
             self._matrix
             if isinstance(self._factor, float) and self._factor == 1
@@ -220,20 +226,20 @@ class ResidualJacobian(LinearOperator):
             return A @ A.T
         found = gram(self.jacobian, weights, memory=self.memory)
         self.passes = found.passes
-        half = self._roots.transposed(found.matrix.to(self.dtype)).T
-        return self._roots.transposed(half)
+        half = self.roots.transposed(found.matrix.to(self.dtype)).T
+        return self.roots.transposed(half)
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self.weighted(self.jacobian @ (self._factor * v))
 
     def _matmat(self, V: Tensor) -> Tensor:
-        return self._roots.transposed((self.jacobian @ (_column(self._factor) * V)).T).T
+        return self.roots.transposed((self.jacobian @ (_column(self._factor) * V)).T).T
 
     def _rmatvec(self, u: Tensor) -> Tensor:
-        return self.pulled(self._roots.times(u.unsqueeze(0))[0])
+        return self.pulled(self.roots.times(u.unsqueeze(0))[0])
 
     def _rmatmat(self, U: Tensor) -> Tensor:
-        return _column(self._factor) * (self.jacobian.T @ self._roots.times(U.T).T)
+        return _column(self._factor) * (self.jacobian.T @ self.roots.times(U.T).T)
 
 
 def _column(factor: float | Tensor) -> float | Tensor:
