@@ -88,7 +88,7 @@ def _seeds(residual: ResidualJacobian, n: int, number: int) -> Iterator[Tensor]:
             yield residual.roots.times(some.unsqueeze(1).expand(-1, n, -1).reshape(len(some), m))
         return
     generator = torch.Generator("cpu").manual_seed(number)
-    signs = torch.randint(0, 2, (DRAWS, m), generator=generator).to(like) * 2 - 1
+    signs = torch.randint(0, 2, (DRAWS, m), generator=generator, device="cpu").to(like) * 2 - 1
     for some in signs.split(width):
         yield residual.roots.times(some) / DRAWS**0.5
 

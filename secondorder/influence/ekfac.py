@@ -119,7 +119,7 @@ def _apart(blocks: list[Block]) -> list[Block]:
 def _entries(spot: Tensor) -> Tensor:
     steps = zip(spot.shape, spot.stride(), strict=True)
     size = int(1 + spot.storage_offset() + sum((n - 1) * step for n, step in steps))
-    return scatter(torch.arange(size), spot).flatten()
+    return scatter(torch.arange(size, device="cpu"), spot).flatten()
 
 
 def _spot(piece: Piece) -> Tensor:

@@ -87,7 +87,7 @@ class Store:
         if not self._path.exists():
             if self.done:
                 raise ValueError(f"out must be there with its map, got {self._map.name!r} alone; remove it.")
-            kind = torch.zeros((), dtype=dtype).numpy().dtype
+            kind = torch.zeros((), dtype=dtype, device="cpu").numpy().dtype
             # Under another name until it has its full size.
             fresh = Path(f"{os.fspath(path)}.part")
             np.lib.format.open_memmap(fresh, "w+", kind, tuple(shape)).flush()

@@ -52,7 +52,7 @@ def table(base: Base, test: Any, train: Iterable[int] | None, request: Request) 
     names = base.indices(indices)
     edits = removals(base, [[i] for i in names])
     scores, found, solved = changes(base, edits, tests, order, steps=request.steps, progress=request.progress)
-    result = result_of(base, scores, torch.tensor(names), order, found, solved)
+    result = result_of(base, scores, torch.tensor(names, device="cpu"), order, found, solved)
     if top_k is None:
         return result
     places = scores.abs().nan_to_num(-1).topk(min(top_k, len(names)), dim=1).indices
@@ -69,7 +69,7 @@ def _stored(base: Base, tests: Tests, names: Sequence[int], request: Request) ->
         "parameters": digest([base.point]),
         "training data": digest_of_data(batch for _, batch in base.samples.walk()),
         "test data": digest_of_data(tests.batches),
-        "training indices": digest([torch.tensor(names)]),
+        "training indices": digest([torch.tensor(names, device="cpu")]),
         "options": f"{options}, {base.objective.reduction}, {request.order}, {request.steps}, {named}",
     }
     shape = (len(tests.values), len(names))
@@ -102,7 +102,7 @@ def _rows(base: Base, tests: Tests, names: Sequence[int], request: Request, stor
     worst = max((note["status"] for note in notes), key=rank.index)
     residual = max(note["residual_norm"] for note in notes)
     solved = Solved(base.point[:0], worst, residual)
-    return of_first_order(base, store.scores(), torch.tensor(names), solved)
+    return of_first_order(base, store.scores(), torch.tensor(names, device="cpu"), solved)
 
 
 def _columns(
@@ -120,4 +120,4 @@ def _columns(
             store.array[:, place] = change.cpu().numpy()
             store.finish(place, moved=list(moved._replace(point=base.point[:0])[1:]))
     found = [Moved(base.point[:0], *store.done[place]["moved"]) for place in range(len(names))]
-    return result_of(base, store.scores(), torch.tensor(names), request.order, found, None)
+    return result_of(base, store.scores(), torch.tensor(names, device="cpu"), request.order, found, None)

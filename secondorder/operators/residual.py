@@ -108,7 +108,7 @@ class SquareRoots:
     @property
     def is_by_sample(self) -> bool:
         """Whether the first dimension of the only tensor is in no block."""
-        return len(self._roots) == 1 and -len(self._roots[0].shape) not in self._roots[0].dims
+        return len(self.roots) == 1 and -len(self.roots[0].shape) not in self.roots[0].dims
 
     def transposed(self, Z: Tensor) -> Tensor:
         """``S^T`` times vectors in the space of outputs, as rows."""
