@@ -158,6 +158,7 @@ class _Factors:
 
 def _eigenvectors(moment: Tensor | None, like: Tensor) -> Tensor | None:
     """None where there is no moment, and the factor is diagonal."""
+    # waits: eigenvectors, once for each layer.
     return None if moment is None or not len(moment) else torch.linalg.eigh(moment)[1].to(like)
 
 
