@@ -1,4 +1,4 @@
-"""Train a recurrent network to add two numbers that are up to forty steps apart.
+"""Train a recurrent network to add two numbers that it saw twenty to forty steps before.
 
     python examples/adding_problem.py                        # a table, and adding_problem.png, in a minute
     python examples/adding_problem.py --length 60 --seconds 40
@@ -6,7 +6,8 @@
 A sequence holds numbers between 0 and 1, of which two are marked: one among the first, the other before the
 middle. The network sees one number at a time and must say their sum at the end (Hochreiter and Schmidhuber,
 1997), so what it needs lies half a sequence and more back. A network that has not learnt it says 1, with a
-mean square error of 1/6. Plain tanh units, as many as sequences are long or fewer; the same start for all.
+mean square error of 1/6. The units are plain tanh, without gates; all optimizers have the same start, data and
+seconds, and a run ends where the error on new sequences is below 0.01.
 """
 
 import argparse
@@ -124,9 +125,7 @@ def plot(runs, options):
             points = [(point[column], point[2]) for point in run.curve]
             axis.plot(*zip(*points, strict=True), color=color, linestyle=style, label=run.name, linewidth=1.8)
         axis.axhline(GUESS, color="0.6", linewidth=1)
-        axis.annotate(
-            "always saying 1", (0.99, GUESS), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-        )
+        axis.text(0.99, 1.9 * GUESS, "always saying 1", transform=axis.get_yaxis_transform(), ha="right")
         axis.set(yscale="log", xlabel=label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mean square error on new sequences")

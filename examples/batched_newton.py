@@ -95,7 +95,7 @@ def plot(true, counts, x, errors, path):
     centre.plot(true[:, 1], x[:, 1], ".", color="C0", markersize=2, alpha=0.5)
     centre.plot([-2, 2], [-2, 2], color="black", linewidth=1)
     centre.set(xlabel="true middle (decades of dose)", ylabel="fitted middle (decades of dose)")
-    centre.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), title="all of them")
+    centre.set(title="all of them")
     z = (x - true) / errors
     bins = torch.linspace(-4, 4, 41)
     middles = (bins[1:] + bins[:-1]) / 2

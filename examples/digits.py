@@ -163,7 +163,7 @@ def plot(runs, path):
     axes[0].set_ylabel("train loss (mean cross-entropy)")
     axes[1].legend(loc="lower left", framealpha=0.9)
     figure.suptitle("Digits, 64-32-32-10 tanh network, full batch")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=80)
     print(f"plot saved as {path}")
 
 

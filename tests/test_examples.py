@@ -32,7 +32,7 @@ def test_main_job(run, capsys):
     assert [row.name for row in runs] == [
         "GaussNewton",
         "LBFGS",
-        "Adam 3e-3",
+        "Adam 1e-3",
         "HessianFree",
         "LBFGS",
         "Adam 1e-2",
