@@ -1,13 +1,13 @@
 """Train a recurrent network to add two numbers that it saw twenty to forty steps before.
 
-    python examples/adding_problem.py                        # a table, and adding_problem.png, in a minute
+    python examples/adding_problem.py                        # a table, and adding_problem.png, in 100 s
     python examples/adding_problem.py --length 60 --seconds 40
 
 A sequence holds numbers between 0 and 1, of which two are marked: one among the first, the other before the
 middle. The network sees one number at a time and must say their sum at the end (Hochreiter and Schmidhuber,
 1997), so what it needs lies half a sequence and more back. A network that has not learnt it says 1, with a
-mean square error of 1/6. The units are plain tanh, without gates; all optimizers have the same start, data and
-seconds, and a run ends where the error on new sequences is below 0.01.
+mean square error of 1/6. The units are plain tanh, without gates; all optimizers have the same start, data
+and seconds, and a run ends where the error on new sequences is below 0.01.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def main(arguments=None):
     parser.add_argument("--units", type=int, default=32, help="of the network")
     parser.add_argument("--sequences", type=int, default=2000, help="to learn from")
     parser.add_argument(
-        "--seconds", type=float, default=15.0, help="of the CPU, for each run that is not done"
+        "--seconds", type=float, default=20.0, help="of the CPU, for each run that is not done"
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

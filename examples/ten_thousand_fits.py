@@ -113,12 +113,10 @@ def plot(true, p, size, path):
             ("error", fitted - truth, "RdBu_r", -off, off),
         ]
         for axis, (title, values, colors, low, high) in zip(row, images, strict=True):
-            image = axis.imshow(
-                values.view(size, size).numpy(), cmap=colors, vmin=low, vmax=high, interpolation="nearest"
-            )
+            image = axis.imshow(values.view(size, size).numpy(), cmap=colors, vmin=low, vmax=high)
             axis.set(title=title, xticks=[], yticks=[])
             figure.colorbar(image, ax=axis, shrink=0.85)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=130)
     print(f"\nplot saved as {path}")
 
 

@@ -1,6 +1,7 @@
-"""The scripts of the gallery run with small sizes, and what they print and return holds."""
+"""The scripts of the gallery run with small sizes, and what they print and return holds; its index is whole."""
 
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -107,3 +108,12 @@ def test_gaussian_process(run, capsys):
     *_, line = (text for text in capsys.readouterr().out.splitlines() if "scikit-learn" in text)
     theirs = float(line.split("starts: ")[1].split()[0])
     assert -float(minima[0].fun) == pytest.approx(theirs, abs=1e-3)
+
+
+def test_index_names_every_script_and_picture():
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    links = set(re.findall(r"\]\(([^)]+)\)", text))
+    pictures = {f"pictures/{path.name}" for path in (EXAMPLES / "pictures").iterdir()}
+    assert links == {path.name for path in EXAMPLES.glob("*.py")} | pictures
+    for name in pictures:
+        assert (EXAMPLES / name).stat().st_size < 100_000
