@@ -1,4 +1,4 @@
-"""The scripts of the gallery run with small sizes, and what they print and return holds; its index is whole."""
+"""The scripts of the gallery run with small sizes; what they print and return holds; their index is whole."""
 
 import math
 import re
