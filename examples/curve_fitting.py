@@ -148,7 +148,7 @@ def plot(fits, spoiled, path):
     axis.legend(loc="upper left", fontsize="small")
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=80)
     print(f"\nplot saved as {path}")
 
 
