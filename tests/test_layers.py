@@ -161,6 +161,7 @@ ORDER = [
     "optim.functions.newton",
     "optim.functions.sparse",
     "optim.functions.minimize",
+    "optim.functions.data",
     "optim.functions.curve_fit",
     "optim.functions.root",
     "optim",
@@ -261,6 +262,8 @@ def test_imports_point_upwards(source):
 def test_optim_imports_itself_relatively(source):
     """It is loaded as ``secondorder.optim`` where another module has its name."""
     module, _, tree = source
+    if not module.startswith("optim"):
+        return
     absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0]
     assert "optim" not in [name.split(".")[0] for name in absolute], module
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from ..methods.options import (
     check_choice,
@@ -146,8 +147,8 @@ def least_squares(
     in_dims: Any = None,
     implicit: bool = False,
     multistart: bool = False,
-    **unsupported: Any,
-) -> Any:
+    **unsupported: Never,
+) -> LeastSquaresResult | Any:
     """Minimise half the sum of squares of ``residual(x)``, or of a robust loss of it, near ``x0``.
 
     Levenberg and Marquardt's method: one Jacobian a step, decomposed once for every damping; Nielsen's

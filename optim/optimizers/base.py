@@ -11,7 +11,7 @@ import functools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,9 @@ LEARNED: dict[str, Any] = {"batch_noise": None, "gradient_norm": None, "usual_pr
 class SecondOrderOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: one ``step`` for all of them."""
 
-    report: StepReport | None = None
-    history: History | None = None
+    # None at first, or without history=True; with Any a type checker lets their fields be read all the same.
+    report: StepReport | Any = None
+    history: History | Any = None
     _model: nn.Module | None = None
     _callback: Callable[[StepReport], Any] | None = None
     # Evaluates the loss of a part of the data, for its curvature.
@@ -149,9 +150,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
+    @overload  # type: ignore[override]
+    def step(self, closure: Callable[[], Any]) -> Tensor: ...
+
+    @overload
+    def step(self, closure: None = None) -> Tensor | None: ...
+
     @torch._disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
         """One step: the loss does not increase beyond rounding, and parameters are never NaN.
 
         Where ``.grad`` holds more than the gradient of the loss that is evaluated (micro-batches outside of
