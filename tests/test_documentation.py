@@ -1,4 +1,4 @@
-"""README blocks, docstring examples and example scripts run, and public names are documented."""
+"""README and guide blocks, docstring examples and example scripts run, and public names are documented."""
 
 import doctest
 import importlib
@@ -21,6 +21,8 @@ import secondorder.functional
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+GUIDE = sorted((ROOT / "examples" / "guide").glob("*.md"))
+EXTENDING = ROOT / "examples" / "guide" / "extending.md"
 PACKAGES = (secondorder, optim)
 MODULES = sorted(
     {package.__name__ for package in PACKAGES}
@@ -37,6 +39,45 @@ PUBLIC = [(package, name) for package in (*PACKAGES, secondorder.functional) for
 def test_readme_block_runs(block, capsys):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
+def test_guide_page_runs(page, capsys):
+    """From top to bottom: its blocks share their names."""
+    names = {"__name__": "guide"}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
+        # A block that prints nothing is continued.
+        assert capsys.readouterr().out or "print(" not in block
+
+
+def test_guide_promises():
+    """What its comments say of the new optimizer and the new method."""
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", EXTENDING.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(block, names)
+    assert float(names["loss"]) < 0.1
+    assert names["optimizer"].report.curvature == "diagonal"
+    # Of each step the estimate, ten Hessian products, and what the loop costs.
+    assert names["optimizer"].report.gradient_equivalents > 20
+    torch.testing.assert_close(names["solution"], torch.ones(10, dtype=torch.float64))
+    diagonal = names["scale"].diag() + 1
+    expected = torch.linalg.eigvalsh(diagonal)
+    assert float(names["secondorder"].eigsh(names["A"], 1).values) == pytest.approx(float(expected[-1]))
+
+
+@pytest.mark.slow
+def test_guide_builds_without_warnings(tmp_path):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_parser")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
+    done = subprocess.run(
+        [*command, str(EXTENDING.parent), str(tmp_path / "html")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "html" / "reference.html").read_text(encoding="utf-8")
+    for package, name in PUBLIC:
+        assert re.search(rf'id="[\w.]*\b{name}"', reference), f"{package.__name__}.{name}"
 
 
 def test_readme_states_the_two_commands():
