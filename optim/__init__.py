@@ -25,3 +25,8 @@ __all__ = [
     # what a step did
     "StepReport",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -86,7 +86,7 @@ class LeastSquaresResult(OptimizeResult):
     rank: int
 
     def covariance(self, absolute_sigma: bool = False) -> Tensor:
-        """Of the parameters, flat, shape (n, n): ``s^2 (J^T J)^-1`` with ``s^2 = 2 cost / (m - rank)``.
+        """Covariance of the parameters, shape (n, n): ``s^2 (J^T J)^-1``, ``s^2 = 2 cost / (m - rank)``.
 
         Parameters at a bound are taken as known: their rows are zero.
 

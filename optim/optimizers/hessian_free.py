@@ -175,8 +175,8 @@ class HessianFree(SecondOrderOptimizer):
     @overload
     def step(self, closure: None = None) -> Tensor | None: ...
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
-        """As of all optimizers here; with structural damping the first call of the closure is watched."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # noqa: D102 - the base's
+        # With structural damping the first call of the closure is watched.
         if self.param_groups[0].get("structural_damping"):
             closure = self._hidden.watching(closure)
         try:
