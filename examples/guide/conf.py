@@ -13,6 +13,7 @@ release = secondorder.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
+html_show_copyright = False
 exclude_patterns = ["build"]
 
 autodoc_member_order = "bysource"
