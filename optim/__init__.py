@@ -27,3 +27,8 @@ __all__ = [
     "StepReport",
     "LogTo",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -115,4 +115,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names."""
-    return sorted([*__all__, "optim"])
+    return sorted([*__all__, "__version__", "functional", "optim", "solvers"])

@@ -1,4 +1,4 @@
-"""README blocks, docstring examples and example scripts run, and public names are documented."""
+"""README and guide blocks, docstring examples and example scripts run, and public names are documented."""
 
 import doctest
 import importlib
@@ -20,7 +20,8 @@ import secondorder.functional
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+GUIDE_FOLDER = ROOT / "examples" / "guide"
+GUIDE = sorted(GUIDE_FOLDER.glob("*.md"))
 PACKAGES = (secondorder, optim)
 MODULES = sorted(
     {package.__name__ for package in PACKAGES}
@@ -33,10 +34,87 @@ MODULES = sorted(
 PUBLIC = [(package, name) for package in (*PACKAGES, secondorder.functional) for name in package.__all__]
 
 
+def blocks_of(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_readme_block_runs(block, capsys):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out
+
+
+def check_swap_in(names):
+    assert float(names["loss"]) < 0.2
+    assert names["optimizer"].report.rho > 0
+
+
+def check_small_problems(names):
+    assert names["popt"].tolist() == pytest.approx([2.0, 1.3], abs=0.05)
+    assert names["fits"].message == "1000 of 1000 problems converged"
+    # Of the six-hump camel, as published.
+    assert names["best"].fun == pytest.approx(-1.031628453, abs=1e-8)
+
+
+def check_mini_batches(names):
+    assert names["columns"]["noisy"][-1]
+
+
+def check_extending(names):
+    assert float(names["loss"]) < 0.1
+    assert names["optimizer"].report.curvature == "diagonal"
+    torch.testing.assert_close(names["solution"], torch.ones(10, dtype=torch.float64))
+    expected = torch.linalg.eigvalsh(names["scale"].diag() + 1)[-1:]
+    torch.testing.assert_close(names["secondorder"].eigsh(names["A"], 1).values, expected)
+
+
+# What text and comments say beside the code.
+PROMISES = {
+    "swap_in": check_swap_in,
+    "small_problems": check_small_problems,
+    "mini_batches": check_mini_batches,
+    "extending": check_extending,
+}
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
+def test_guide_page_runs(page, capsys):
+    """From top to bottom: its blocks share their names."""
+    names = {"__name__": "guide"}
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        exec(compile(block, page.name, "exec"), names)
+        # A block that prints nothing is continued.
+        assert capsys.readouterr().out or "print(" not in block
+    PROMISES.get(page.stem, bool)(names)
+
+
+def test_the_new_optimizer_is_one(tmp_path):
+    """Of the guide: refusals, resumed runs and groups are those of the base."""
+    names = {}
+    for block in blocks_of((GUIDE_FOLDER / "extending.md").read_text(encoding="utf-8"))[:1]:
+        exec(block, names)
+    make = names["DiagonalNewton"]
+    with pytest.raises(ValueError, match="damping must be a positive number"):
+        make([torch.zeros(2, requires_grad=True)], damping=-1.0)
+
+    def run(x, optimizer, count):
+        for step in range(count):
+            torch.manual_seed(step)
+            optimizer.step(lambda: (x - 1).pow(4).sum() + x[0] * x[1])
+
+    x = torch.zeros(2, requires_grad=True, dtype=torch.float64)
+    optimizer = make([x])
+    run(x, optimizer, 2)
+    y = x.detach().clone().requires_grad_()
+    other = make([y])
+    other.load_state_dict(optimizer.state_dict())
+    run(x, optimizer, 3)
+    run(y, other, 3)
+    assert torch.equal(x, y)
+    assert optimizer.report == other.report
 
 
 def test_readme_states_the_two_commands():
@@ -44,20 +122,32 @@ def test_readme_states_the_two_commands():
     assert "pip install -e '.[test]' && pytest -n 2" in README
 
 
-def test_readme_training_block_keeps_its_promise():
+def test_readme_promises():
     names = {}
     exec(BLOCKS[0], names)
     assert float(names["loss"]) < 1e-6
-    exec(next(block for block in BLOCKS if "model=model" in block), names)
-    assert float(names["loss"]) < 0.2
-    assert names["optimizer"].report.rho > 0
     exec(next(block for block in BLOCKS if "minimize(" in block), names)
     assert names["result"].x.tolist() == pytest.approx([0.5, 0.25])
     assert names["result"].active_mask.tolist() == [1, 0]
-    exec(next(block for block in BLOCKS if "curve_fit(" in block), names)
     assert names["popt"].tolist() == pytest.approx([2.0, 1.3], abs=0.05)
-    exec(next(block for block in BLOCKS if "batched=True" in block), names)
-    assert names["fits"].message == "1000 of 1000 problems converged"
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) < 250
+
+
+@pytest.mark.slow
+def test_guide_builds_without_warnings(tmp_path):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_parser")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
+    done = subprocess.run(
+        [*command, str(GUIDE_FOLDER), str(tmp_path / "html")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "html" / "reference.html").read_text(encoding="utf-8")
+    for package, name in PUBLIC:
+        assert re.search(rf'id="[\w.]*\b{name}"', reference), f"{package.__name__}.{name}"
 
 
 @pytest.mark.parametrize("name", MODULES)

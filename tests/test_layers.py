@@ -170,6 +170,7 @@ ORDER = [
     "optim.functions.newton",
     "optim.functions.sparse",
     "optim.functions.minimize",
+    "optim.functions.data",
     "optim.functions.curve_fit",
     "optim.functions.root",
     "optim",
@@ -272,6 +273,8 @@ def test_imports_point_upwards(source):
 def test_optim_imports_itself_relatively(source):
     """It is loaded as ``secondorder.optim`` where another module has its name."""
     module, _, tree = source
+    if not module.startswith("optim"):
+        return
     absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0]
     is_inside = module.split(".")[0] == "optim"
     assert not (is_inside and "optim" in [name.split(".")[0] for name in absolute])

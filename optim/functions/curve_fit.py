@@ -6,21 +6,22 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, TypedDict, overload
 
-import numpy as np
 import torch
 from scipy.optimize import OptimizeWarning
 from torch import Tensor
+from typing_extensions import Never, Unpack
 
 from secondorder.functional import jacobian
 
 from ..methods.options import check_choice, refuse_arguments
 from .bounds import Box
+from .data import Data, as_tensor
 from .least_squares import LeastSquaresResult, inverse_normal, least_squares
 from .robust import Robust
 from .run import Callback
-from .variables import DTYPES, Variables
+from .variables import Variables
 
 # Of (xdata, *parameters): what ydata is compared with.
 Model = Callable[..., Tensor]
@@ -39,6 +40,54 @@ INSTEAD = {
     "method": "Leave it out: bounds or not, there is one method.",
     "verbose": "Nothing is printed: look at full_output=True, or use a callback.",
 }
+
+
+class Options(TypedDict, total=False):
+    """For type checkers, of both forms of ``curve_fit``."""
+
+    jac: Model | None
+    nan_policy: str | None
+    loss: Any
+    f_scale: float
+    x_scale: Any
+    ftol: float | None
+    xtol: float | None
+    gtol: float | None
+    max_iter: int | None
+    max_nfev: int | None
+    callback: Callback | None
+
+
+@overload
+def curve_fit(
+    f: Model,
+    xdata: Any,
+    ydata: Any,
+    p0: Any = None,
+    sigma: Any = None,
+    absolute_sigma: bool = False,
+    check_finite: bool | None = None,
+    bounds: Any = None,
+    *,
+    full_output: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def curve_fit(
+    f: Model,
+    xdata: Any,
+    ydata: Any,
+    p0: Any = None,
+    sigma: Any = None,
+    absolute_sigma: bool = False,
+    check_finite: bool | None = None,
+    bounds: Any = None,
+    *,
+    full_output: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor, LeastSquaresResult]: ...
 
 
 def curve_fit(
@@ -63,7 +112,7 @@ def curve_fit(
     max_iter: int | None = None,
     max_nfev: int | None = None,
     callback: Callback | None = None,
-    **unsupported: Any,
+    **unsupported: Never,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LeastSquaresResult]:
     """Fit ``ydata = f(xdata, *parameters) + noise`` by nonlinear least squares.
 
@@ -123,7 +172,7 @@ def curve_fit(
         raise TypeError(f"f must be a function of xdata and parameters, got {type(f).__name__}.")
     if nan_policy is not None:
         check_choice({"nan_policy": nan_policy}, "nan_policy", NAN_POLICIES)
-    data = _Data.of(xdata, ydata, sigma)
+    data = Data.of(xdata, ydata, sigma)
     if nan_policy == "omit":
         data = data.without_nan()
     elif nan_policy == "raise" or check_finite is not False:
@@ -158,88 +207,6 @@ def curve_fit(
         J = curvatures.sqrt()[:, None] * fit.jacobian(result.x, data.x, data.y)
     pcov = _covariance(J, result.cost, absolute_sigma)
     return (result.x, pcov, result) if full_output else (result.x, pcov)
-
-
-class _Data(NamedTuple):
-    """What is fitted: ``y`` of floating point, ``sigma`` of its dtype or None."""
-
-    x: Any
-    y: Tensor
-    sigma: Tensor | None
-
-    @classmethod
-    def of(cls, xdata: Any, ydata: Any, sigma: Any) -> _Data:
-        y = _tensor(ydata, "ydata")
-        if y.dtype not in DTYPES:
-            y = y.double()
-        if y.numel() == 0:
-            raise ValueError("ydata must not be empty.")
-        is_numbers = isinstance(xdata, tuple | list | int | float) or hasattr(xdata, "__array__")
-        if is_numbers and not isinstance(xdata, Tensor):
-            xdata = _tensor(xdata, "xdata").to(y)
-        if sigma is None:
-            return cls(xdata, y, None)
-        sigma, m = _tensor(sigma, "sigma").to(y), y.numel()
-        if sigma.dim() == 0:
-            sigma = sigma.expand(m)
-        if sigma.shape == y.shape:
-            sigma = sigma.reshape(m)
-        if sigma.shape not in ((m,), (m, m)):
-            raise ValueError(
-                f"sigma must have shape ({m},) for standard deviations or ({m}, {m}) for a covariance, got"
-                f" {tuple(sigma.shape)}."
-            )
-        return cls(xdata, y, sigma)
-
-    def without_nan(self) -> _Data:
-        """The measurements without NaN in ``y`` or in a predictor, flat."""
-        keep = ~self.y.flatten().isnan()
-        x = self.x
-        if isinstance(x, Tensor):
-            if x.dim() == 0 or x.shape[-1] != len(keep):
-                raise ValueError(
-                    f"xdata must have {len(keep)} measurements in its last dimension for nan_policy='omit',"
-                    f" got shape {tuple(x.shape)}."
-                )
-            keep = keep & ~x.isnan().reshape(-1, len(keep)).any(dim=0)
-            x = x[..., keep]
-        if not bool(keep.any()):
-            raise ValueError("ydata must have a measurement without NaN.")
-        sigma = self.sigma
-        if sigma is not None:
-            sigma = sigma[keep] if sigma.dim() == 1 else sigma[keep][:, keep]
-        return _Data(x, self.y.flatten()[keep], sigma)
-
-    def check_finite(self, or_infinite: bool) -> None:
-        """Raise where data hold NaN, or infinity too."""
-        for name, values in (("xdata", self.x), ("ydata", self.y), ("sigma", self.sigma)):
-            if not isinstance(values, Tensor):
-                continue
-            is_wrong = ~values.isfinite() if or_infinite else values.isnan()
-            if bool(is_wrong.any()):
-                raise ValueError(
-                    f"{name} must be finite, got NaN or infinity at {int(is_wrong.sum())} of"
-                    f" {values.numel()} places. Leave NaN out with nan_policy='omit'."
-                )
-
-    def whitening(self) -> Callable[[Tensor], Tensor]:
-        """What makes of differences, shape (m, ...), those of independent noise of one unit."""
-        sigma = self.sigma
-        if sigma is None:
-            return lambda r: r
-        if sigma.dim() == 1:
-            if not bool((sigma > 0).all()):
-                raise ValueError(f"sigma must be positive, got {float(sigma.min())}.")
-            return lambda r: r / (sigma if r.dim() == 1 else sigma[:, None])
-        factor, info = torch.linalg.cholesky_ex(sigma)
-        if int(info):
-            raise ValueError(
-                "sigma must be positive definite, got a matrix whose leading minor of order"
-                f" {int(info)} is not."
-            )
-        return lambda r: torch.linalg.solve_triangular(
-            factor, r.reshape(len(factor), -1), upper=False
-        ).reshape(r.shape)
 
 
 class _Fit:
@@ -281,29 +248,9 @@ class _Fit:
         return self._whiten(J)
 
 
-def _tensor(values: Any, name: str) -> Tensor:
-    """A tensor of real numbers of anything that holds numbers, tensors among them."""
-    if not isinstance(values, Tensor):
-        parts = values if isinstance(values, tuple | list) else ()
-        try:
-            devices = [part.device for part in parts if isinstance(part, Tensor)]
-            values = (
-                torch.stack([torch.as_tensor(part, device=devices[0]) for part in parts])
-                if devices
-                else torch.as_tensor(np.asarray(values), device="cpu")
-            )
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"{name} must be an array of numbers, got {type(values).__name__} that makes none."
-            ) from None
-    if values.is_complex():
-        raise TypeError(f"{name} must be real, got {values.dtype}; fit real and imaginary parts.")
-    return values
-
-
 def _start(f: Model, p0: Any, bounds: Any, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The first guess, shape (n,), and both sides of its bounds; None where nothing is bounded."""
-    guess = None if p0 is None else _tensor(p0, "p0").to(y).reshape(-1).detach()
+    guess = None if p0 is None else as_tensor(p0, "p0").to(y).reshape(-1).detach()
     ones = y.new_ones(_parameters(f)) if guess is None else torch.ones_like(guess)
     box = Box.of(bounds, Variables(ones, "p0"), two_by_two="sides")
     if box is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from ..methods.options import (
     check_choice,
@@ -85,7 +86,7 @@ class LeastSquaresResult(OptimizeResult):
     rank: int
 
     def covariance(self, absolute_sigma: bool = False) -> Tensor:
-        """Of the parameters, flat, shape (n, n): ``s^2 (J^T J)^-1`` with ``s^2 = 2 cost / (m - rank)``.
+        """Covariance of the parameters, shape (n, n): ``s^2 (J^T J)^-1``, ``s^2 = 2 cost / (m - rank)``.
 
         Parameters at a bound are taken as known: their rows are zero.
 
@@ -146,8 +147,8 @@ def least_squares(
     in_dims: Any = None,
     implicit: bool = False,
     multistart: bool = False,
-    **unsupported: Any,
-) -> Any:
+    **unsupported: Never,
+) -> LeastSquaresResult | Any:
     """Minimise half the sum of squares of ``residual(x)``, or of a robust loss of it, near ``x0``.
 
     Levenberg and Marquardt's method: one Jacobian a step, decomposed once for every damping; Nielsen's

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from ..methods import control
 from ..methods.options import (
@@ -113,7 +114,7 @@ def minimize(
     in_dims: Any = None,
     implicit: bool = False,
     multistart: bool = False,
-    **unsupported: Any,
+    **unsupported: Never,
 ) -> OptimizeResult:
     """Find a local minimiser of ``fun`` near ``x0``.
 

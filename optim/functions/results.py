@@ -6,11 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
-
-# Beyond this many elements a tensor is printed by its shape and range.
-SHOWN = 24
+from secondorder.solvers._shown import MOST, shown
 
 
 class Record(NamedTuple):
@@ -112,24 +108,9 @@ def _restored(kind: type[OptimizeResult], fields: dict[str, Any]) -> OptimizeRes
     return kind(**fields)
 
 
-def _span(value: Tensor) -> str:
-    if value.dtype == torch.bool:
-        return f"{int(value.sum())} true"
-    numbers = value[~value.isnan()]
-    if not len(numbers):
-        return "all NaN"
-    low, high = (f"{float(bound):.4g}" for bound in torch.aminmax(numbers))
-    missing = value.numel() - len(numbers)
-    return f"from {low} to {high}" + (f", {missing} NaN" if missing else "")
-
-
 def _shown(name: str, value: Any, indent: int) -> str:
     if name == "history":
         return f"{len(value)} points"
-    if isinstance(value, list) and len(value) > SHOWN:
+    if isinstance(value, list) and len(value) > MOST:
         return ", ".join(f"{count} {item}" for item, count in Counter(value).most_common())
-    if isinstance(value, Tensor) and value.numel() > SHOWN:
-        return f"{tuple(value.shape)} {value.dtype}, {_span(value.detach())}".replace("torch.", "")
-    if isinstance(value, float):
-        return f"{value:.10g}"
-    return str(value).replace("\n", "\n" + " " * indent)
+    return shown(value).replace("\n", "\n" + " " * indent)

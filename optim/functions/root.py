@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from ..methods.options import check_optional, refuse_arguments
 from .implicit import attach, depends
@@ -52,7 +53,7 @@ def root(
     has_aux: bool = False,
     progress: bool = False,
     implicit: bool = False,
-    **unsupported: Any,
+    **unsupported: Never,
 ) -> LeastSquaresResult:
     """Find x with ``fun(x) = 0``, as many equations as unknowns.
 

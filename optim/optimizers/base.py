@@ -11,7 +11,7 @@ import functools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -145,9 +145,15 @@ class SecondOrderOptimizer(Reporting):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
+    @overload  # type: ignore[override]
+    def step(self, closure: Callable[[], Any]) -> Tensor: ...
+
+    @overload
+    def step(self, closure: None = None) -> Tensor | None: ...
+
     @torch._disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
         """One step: the loss does not increase beyond rounding, and parameters are never NaN.
 
         Where ``.grad`` holds more than the gradient of the loss that is evaluated (micro-batches outside of

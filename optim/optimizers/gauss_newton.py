@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Never
 
 from ..closure.evaluate import Evaluation
 from ..methods.control import Nielsen, marquardt
@@ -155,7 +156,7 @@ class GaussNewton(SecondOrderOptimizer):
         model: nn.Module | None = None,
         history: bool = False,
         callback: Callable[[StepReport], Any] | None = None,
-        **unsupported: Any,
+        **unsupported: Never,
     ) -> None:
         options = given(locals())
         refuse(type(self), unsupported)

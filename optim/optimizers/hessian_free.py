@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Never
 
 from ..closure.evaluate import Evaluation
 from ..closure.hidden import HiddenStates
@@ -44,8 +45,7 @@ class HessianFree(SecondOrderOptimizer):
     """Hessian-free optimization (Martens 2010) in a space in which another damping costs no product.
 
     A step grows a space by products with the Gauss-Newton matrix, preconditioned by the space of the last
-    step, as far as that pays; damping, a shorter or a longer step are then decided by evaluations of the loss
-    alone.
+    step, as far as that pays; evaluations of the loss alone then decide damping and length.
 
     Mini-batches are noticed where the loss is not the one that the last step left (``report.noisy``). Then a
     step is halved, more so on a smaller batch than the last ones; it must gain half of what its model
@@ -70,8 +70,7 @@ class HessianFree(SecondOrderOptimizer):
         solver: "subspace" is the above; "cg" Martens' own recipe: CG from the decayed last solution, stopped
             when the model no longer decreases, a choice among its iterates, a line search. "auto" is
             "subspace", or "cg" where ``memory`` is short.
-        memory: Bytes that the space may take, six vectors of the parameters' size for each direction; where
-            that is no room for eight "auto" is "cg".
+        memory: Bytes of the space, six vectors of parameters a direction; without room for 8, "auto" is "cg".
         rtol: Relative residual to which a step solves its system. None: a space grows as long as another
             product pays.
         gain: Another product pays where it gains this part, or more, of what products gained on average. With
@@ -92,9 +91,9 @@ class HessianFree(SecondOrderOptimizer):
             for all. A number of samples, a fraction (1.0 and None: all), or a closure that returns the loss
             of a part of the data. "auto" starts with a sixteenth, at least 64, and doubles it after each step
             whose ``rho`` is at most 1/4; of fewer than 256 samples it is all. Samples are the rows of what
-            one module makes in the closure; it is called again on some of them. Where their outputs are not
-            the same then, as with BatchNorm in training or with dropout, or the loss is not of one module's
-            outputs, it is all of them, and ``report.curvature`` says why.
+            one module makes in the closure; it is called again on some of them. Where that changes them
+            (BatchNorm in training, dropout), or the loss is not of one module's outputs, it is all of them;
+            ``report.curvature`` says why.
         strict: Raise, instead of falling back to the Hessian, where no Gauss-Newton matrix of the whole
             objective is found. Terms of parameters alone, as a lasso, are in it with their Hessian.
         weight_decay: Weight of ``norm(w)^2 / 2`` in the objective, loss over parameter squared: in value,
@@ -104,9 +103,9 @@ class HessianFree(SecondOrderOptimizer):
         model: The module that is trained, for steps without a closure: its calls are watched, and what
             ``backward`` was called on since the last step is computed again. Its parameters may be more, or
             fewer, than ``params``.
-        history: Keep all reports in ``history``.
+        history: Keep the reports of all steps in ``history``.
         callback: Called with the ``StepReport`` after each step.
-        unsupported: Options of torch's other optimizers; an error, unless off.
+        unsupported: Options of torch's other optimizers; an error, unless they are off.
 
     Attributes:
         report: What the last step did, a ``StepReport``; None before the first.
@@ -126,11 +125,7 @@ class HessianFree(SecondOrderOptimizer):
         >>> inputs = torch.randn(20, 2)
         >>> targets = inputs @ torch.tensor([[1.0], [2.0]]) - 3
         >>> optimizer = HessianFree(model.parameters())
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = torch.nn.functional.mse_loss(model(inputs), targets)
-        ...     loss.backward()
-        ...     return loss
+        >>> closure = lambda: torch.nn.functional.mse_loss(model(inputs), targets)
         >>> for _ in range(30):
         ...     loss = optimizer.step(closure)
         >>> bool(loss < 1e-6)
@@ -166,7 +161,7 @@ class HessianFree(SecondOrderOptimizer):
         model: nn.Module | None = None,
         history: bool = False,
         callback: Callable[[StepReport], Any] | None = None,
-        **unsupported: Any,
+        **unsupported: Never,
     ) -> None:
         options = given(locals())
         refuse(type(self), unsupported)
@@ -174,8 +169,14 @@ class HessianFree(SecondOrderOptimizer):
         super().__init__(params, {**options, **LEARNED, SKETCH_VALUES: ()})
         refuse_closure(self._part, structural_damping=structural_damping)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
-        """As of all optimizers here; with structural damping the first call of the closure is watched."""
+    @overload  # type: ignore[override]
+    def step(self, closure: Callable[[], Any]) -> Tensor: ...
+
+    @overload
+    def step(self, closure: None = None) -> Tensor | None: ...
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # noqa: D102 - the base's
+        # With structural damping the first call of the closure is watched.
         if self.param_groups[0].get("structural_damping"):
             closure = self._hidden.watching(closure)
         try:

@@ -137,8 +137,9 @@ class Reporting(torch.optim.Optimizer):
         history: Of all steps, where it was asked for.
     """
 
-    report: StepReport | None = None
-    history: History | None = None
+    # None at first, or without history=True; with Any a type checker lets their fields be read all the same.
+    report: StepReport | Any = None
+    history: History | Any = None
     _callback: Callable[[StepReport], Any] | None = None
 
     def _report_to(self, history: bool, callback: Callable[[StepReport], Any] | None) -> None:

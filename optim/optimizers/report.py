@@ -51,11 +51,11 @@ class StepReport(NamedTuple):
         accepted: Whether the parameters moved.
         rho: Reduction ratio, actual over predicted decrease, of the solution of the model that the step was
             made of, before any search or extension; NaN when there was none.
-        damping: Damping for the next step; 0.0 where another number bounds steps. NaN before a step that was
-            tried.
-        radius: Trust radius for the next step; infinity where another number bounds steps. NaN likewise.
-        cubic_weight: Weight of the cubic term for the next step, with ``bound="cubic"``; 0.0 where another
-            number bounds steps. NaN likewise.
+        damping: Damping for the next step; NaN until a step was tried; 0.0 where another number bounds steps.
+        radius: Trust radius for the next step; NaN until a step was tried; infinity where another number
+            bounds steps.
+        cubic_weight: Weight of the cubic term for the next step, with ``bound="cubic"``; NaN until a step was
+            tried; 0.0 where another number bounds steps.
         gradient_norm: Euclidean norm of the gradient before the step.
         step_norm: Euclidean norm of the step taken.
         status: Of the solver (see ``secondorder.solvers.STATUS_TEXT``; "enough": another product would not

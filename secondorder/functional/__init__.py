@@ -39,3 +39,8 @@ __all__ = [
     # functions from modules
     "module_function",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -21,13 +21,14 @@ def batch_jacobian(func: Function, inputs: Tensor, *, chunk_size: int | None = N
     """The Jacobian of each sample, for a function that treats the samples of a batch apart.
 
     Args:
-        func: Takes a batch, shape (B, *in), returns a batch, shape (B, *out). Sample ``b`` of the outputs
-            must depend on sample ``b`` of the inputs only: batch normalisation in training mode breaks it.
-        inputs: Shape (B, *in).
+        func: Takes a batch, shape ``(B, *in)``, returns a batch, shape ``(B, *out)``. Sample ``b`` of the
+            outputs must depend on sample ``b`` of the inputs only: batch normalisation in training mode
+            breaks it.
+        inputs: Shape ``(B, *in)``.
         chunk_size: Output elements of one batched pass; all when None.
 
     Returns:
-        Shape (B, *out, *in).
+        Shape ``(B, *out, *in)``.
 
     Raises:
         TypeError: ``inputs`` is not a floating-point tensor; ``func`` returns no tensor.
@@ -55,13 +56,13 @@ def batch_hessian(func: Function, inputs: Tensor, *, chunk_size: int | None = No
     """The Hessian of each sample, for a function that treats the samples of a batch apart.
 
     Args:
-        func: Takes a batch, shape (B, *in), returns one number a sample, shape (B,). Sample ``b`` of the
+        func: Takes a batch, shape ``(B, *in)``, returns one number a sample, shape (B,). Sample ``b`` of the
             outputs must depend on sample ``b`` of the inputs only.
-        inputs: Shape (B, *in).
+        inputs: Shape ``(B, *in)``.
         chunk_size: Input elements of one batched pass; all when None.
 
     Returns:
-        Shape (B, *in, *in).
+        Shape ``(B, *in, *in)``.
 
     Raises:
         TypeError: ``inputs`` is not a floating-point tensor; ``func`` returns no tensor.

@@ -63,3 +63,8 @@ __all__ = [
     "NystromPreconditioner",
     "nystrom",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secondorder.solvers._checks import check_right_hand_side, check_start
+from secondorder.solvers._shown import shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,7 +68,7 @@ class SolveResult(NamedTuple):
         block = f" columns=({counts})," if counts else ""
         return (
             f"SolveResult(status={self.status!r}, iterations={self.iterations}, "
-            f"residual_norm={self.residual_norm:.3g},{block}{note}\n  x={self.x})"
+            f"residual_norm={self.residual_norm:.3g},{block}{note}\n  x={shown(self.x)})"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secondorder.solvers._checks import check_count, check_symmetric, domain
 from secondorder.solvers._probes import identity_blocks, multiply, rademacher
+from secondorder.solvers._shown import in_lines
 from secondorder.solvers.trace import left_out_directions
 
 LEAST_PRODUCTS = {"xdiag": 4, "hutchinson": 2}
@@ -32,6 +33,9 @@ class DiagonalResult(NamedTuple):
     standard_error: Tensor
     products: int
     status: str
+
+    def __repr__(self) -> str:
+        return in_lines(self)
 
 
 def diagonal(

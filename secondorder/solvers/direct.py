@@ -11,6 +11,7 @@ from torch import Tensor
 from secondorder.solvers._checks import check_damping, check_fit, check_symmetric, check_system, dense
 from secondorder.solvers._result import SolveResult, by_columns
 from secondorder.solvers._scale import rescaled
+from secondorder.solvers._shown import in_lines
 from secondorder.vectors.host import read
 
 
@@ -26,6 +27,9 @@ class Spectrum(NamedTuple):
     values: Tensor
     vectors: Tensor
     matrix: Tensor
+
+    def __repr__(self) -> str:
+        return in_lines(self)
 
     @property
     def shape(self) -> torch.Size:

@@ -16,6 +16,7 @@ from secondorder.solvers._checks import check_count, check_limits, check_symmetr
 from secondorder.solvers._probes import NOT_FINITE, check_finite, gaussian, multiply
 from secondorder.solvers._result import STATUS_TEXT
 from secondorder.solvers._scale import OutOfRangeError, Scaled, check_range, exponent_of_operator, shifted
+from secondorder.solvers._shown import in_lines
 from secondorder.vectors.host import read
 
 WHICH = ("LM", "LA", "SA", "BE")
@@ -40,6 +41,9 @@ class EigenResult(NamedTuple):
     status: str
     iterations: int
     products: int
+
+    def __repr__(self) -> str:
+        return in_lines(self)
 
     @property
     def message(self) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from secondorder.solvers._checks import check_count, check_symmetric, dense, domain
 from secondorder.solvers._probes import check_finite, rademacher
+from secondorder.solvers._shown import in_lines
 
 
 class SpectralDensity(NamedTuple):
@@ -39,6 +40,9 @@ class SpectralDensity(NamedTuple):
     weights: Tensor
     products: int
     is_exact: bool = False
+
+    def __repr__(self) -> str:
+        return in_lines(self)
 
     def mean(self, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """The mean of ``function`` over the eigenvalues, ``trace(function(A)) / n``, and its standard error.
