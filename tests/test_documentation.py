@@ -63,6 +63,11 @@ def check_mini_batches(names):
     assert names["columns"]["noisy"][-1]
 
 
+def check_trust(names):
+    assert names["optimizer"].converged
+    assert names["step"] < 30
+
+
 def check_extending(names):
     assert float(names["loss"]) < 0.1
     assert names["optimizer"].report.curvature == "diagonal"
@@ -77,6 +82,7 @@ PROMISES = {
     "small_problems": check_small_problems,
     "mini_batches": check_mini_batches,
     "extending": check_extending,
+    "trust": check_trust,
 }
 
 
