@@ -357,11 +357,13 @@ def test_nothing_grows_over_fifty_steps(make, solver):
             optimizer.step(
                 lambda: F.cross_entropy(model(X), y) + 1e-2 * sum(p.norm() for p in model.parameters())
             )
-            if 5 <= step < 10 or step >= 45:
+            if step % 40 in range(5, 10):
                 gc.collect()
                 kept = [t for values in optimizer.state.values() for t in values.values()]
                 beside.append(memory.live - sum(t.untyped_storage().nbytes() for t in kept))
-    assert max(beside[-5:]) <= max(beside[:5])
+    # A vector kept from each step would be forty; sizes that follow what was timed differ by less than one.
+    vector = sum(p.nbytes for p in model.parameters())
+    assert max(beside[-5:]) <= max(beside[:5]) + vector
 
 
 class Reads(TorchDispatchMode):
