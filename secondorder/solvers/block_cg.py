@@ -24,7 +24,7 @@ from secondorder.solvers._checks import (
 )
 from secondorder.solvers._result import SolveResult, of_columns
 from secondorder.solvers._scale import Sizes, exponent_of, shifted, shifted_number
-from secondorder.vectors.host import listed
+from secondorder.vectors.host import fetched, listed
 
 
 def block_cg(
@@ -168,7 +168,7 @@ class _Block:
         self._R = B if X0 is None else B - self._multiply(self._X)
         k = min(B.shape)
         self._identity = torch.eye(k, dtype=B.dtype, device=B.device)
-        # Directions, and their combination with the least curvature.
+        # Directions and their curvatures, of which one combination has the least.
         self._flat: tuple[Tensor, Tensor] | None = None
 
     def _multiply(self, V: Tensor) -> Tensor:
@@ -195,9 +195,9 @@ class _Block:
             if not bool(made.curvatures.isfinite().all()):
                 return "non_finite"
             # On the host: nothing waits.
-            values, vectors = torch.linalg.eigh(made.curvatures)  # waits: for nothing, it is on the host
+            values = torch.linalg.eigvalsh(made.curvatures)  # waits: for nothing, it is on the host
             lowest, highest = float(values[0]), float(values[-1])
-            here = made.P, vectors[:, 0]
+            here = made.P, made.curvatures
             if lowest <= 0:
                 self._flat = here
                 return "negative_curvature"
@@ -220,20 +220,18 @@ class _Block:
             self._front, rows = self._iterated(self._front)
             made.append(self._front)
             numbers += rows
-        known = listed(torch.cat([number.reshape(-1) for number in numbers]))
+        known = fetched(torch.cat([number.reshape(-1) for number in numbers]))
         rest, k = known[sum(number.numel() for number in first) :], self._B.shape[1]
-        for i, front in enumerate(made):
-            width = len(rest) // len(made)
-            row = rest[i * width : (i + 1) * width]
+        for front, row in zip(made, rest.chunk(len(made) or 1), strict=False):
             assert front.P is not None
             size = front.P.shape[1]
-            entries, norms, others = row[: size**2], row[size**2 : size**2 + k], row[size**2 + k :]
-            matrix = torch.tensor(entries, dtype=self._B.dtype, device="cpu").view(size, size)
+            matrix = row[: size**2].view(size, size).to(self._B.dtype)
+            norms, others = row[size**2 : size**2 + k].tolist(), row[size**2 + k :].tolist()
             symmetric = (matrix + matrix.T) / 2
             self._made.append(
                 _Ahead(front.X, front.P, symmetric, norms, others[0], min(others[1:], default=1.0))
             )
-        return known[: len(known) - len(rest)]
+        return known[: len(known) - len(rest)].tolist()
 
     def _iterated(self, at: _Front) -> tuple[_Front, list[Tensor]]:
         """One iteration, and its numbers, all of it on the device."""
@@ -281,7 +279,9 @@ class _Block:
         """Each column's result, in the given units: converged, or what stopped the iteration."""
         direction = None
         if self._flat is not None and otherwise in ("negative_curvature", "singular"):
-            direction = self._flat[0] @ self._flat[1].to(self._B.device, non_blocking=True)
+            P, curvatures = self._flat
+            lowest = torch.linalg.eigh(curvatures)[1][:, 0]  # waits: for nothing, it is on the host
+            direction = P @ lowest.to(self._B.device, non_blocking=True)
         columns = [
             SolveResult(
                 x,
